@@ -1,0 +1,686 @@
+"""What two notebooks or more of this series share; read it from top to bottom.
+
+    parameters   Parameters, check_parameters          what a notebook accepts
+    machine      find_device, find_precision, environment
+    data         load_dataset, load_data               MNIST and Fashion-MNIST, enlarged
+    networks     LeNet, AlexNet, init_weights
+    training     train, evaluate, History
+    diagnosis    first_nonfinite                       where the first inf or NaN is born
+    results      save_results                          one JSON file a run
+
+Shapes are written (batch, channel, height, width). A *step* is one mini-batch; steps count from 1.
+"""
+
+import contextlib
+import errno
+import functools
+import itertools
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from typing import Annotated, Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import torchvision
+from filelock import FileLock
+from IPython import display, get_ipython
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+from torch import distributed, nn
+from torch.utils.data import BatchSampler, DistributedSampler
+from torchvision.datasets.utils import check_integrity, extract_archive
+from tqdm import tqdm
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+# One colour a run through the whole series (Okabe and Ito's colour-blind safe set), each with its own
+# line style, so that a figure printed in grey still tells the runs apart.
+STYLE = {
+    "A": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "B": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
+    "C": {"color": "#0072B2", "linestyle": "-", "marker": "^"},
+    "LeNet": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
+    "other": {"color": "#CC79A7", "linestyle": ":", "marker": "v"},
+}
+plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                     "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True})
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+def _refuse(name, value, allowed):
+    return ValueError(f"{name} = {value!r} is not allowed; {name} is {allowed}")
+
+
+def _writable(path):
+    """'' or a path whose folder takes a new file."""
+    target = pathlib.Path(path)
+    if path and (target.is_dir() or not target.parent.is_dir()):
+        raise ValueError
+    if path:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    return path
+
+
+class Parameters(BaseModel):
+    """Every parameter of the notebooks and functions below, with what is allowed; strings are coerced."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: Literal["MNIST", "FashionMNIST"] = Field("MNIST", description="'MNIST' or 'FashionMNIST'")
+    image_size: int = Field(244, ge=67, le=512, description="a whole number of pixels from 67 to 512")
+    batch_size: int = Field(100, ge=1, le=10_000, description="a whole number from 1 to 10000")
+    lr: float = Field(0.1, gt=0, allow_inf_nan=False, description="a finite number above 0")
+    init: Literal["normal", "kaiming", "default", "krizhevsky"] = Field(
+        "kaiming", description="'normal', 'kaiming', 'default' or 'krizhevsky'")
+    all_relus: bool = Field(False, description="true or false")
+    num_epochs: float = Field(1, gt=0, le=1000, description="a number above 0, at most 1000")
+    max_steps: int = Field(1, ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    log_every: int = Field(0, ge=0, description="a whole number from 0")
+    train_images: int = Field(0, ge=0, le=60_000, description="a whole number from 0 (all) to 60000")
+    test_images: int = Field(0, ge=0, le=10_000, description="a whole number from 0 (all) to 10000")
+    seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="'auto', 'float32' or 'bfloat16'")
+    results_path: Annotated[str, AfterValidator(_writable)] = Field(
+        "", description="'' or a file in a folder that exists and can be written")
+    checkpoint: Annotated[str, AfterValidator(_writable)] = Field(
+        "", description="'' or a file in a folder that exists and can be written")
+
+
+def check_parameters(**given):
+    """The given parameters, validated and coerced ("1e-3" becomes 0.001, "false" becomes False).
+
+    Returns a `Parameters`. Raises ValueError, one line with the name, the value and what is allowed.
+    """
+    try:
+        return Parameters(**given)
+    except (ValidationError, OSError) as error:
+        if isinstance(error, OSError):  # from _writable: say which of the two paths it was
+            name = next(n for n in ("results_path", "checkpoint") if given.get(n))
+        else:
+            name = error.errors()[0]["loc"][0]
+        field = Parameters.model_fields.get(name)
+        raise _refuse(name, given[name], field.description if field else "no parameter of this series") from None
+
+
+# ------------------------------------------------------------------------------------------------- machine
+def find_device():
+    """The fastest device here: CUDA, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def find_precision(device, precision="auto"):
+    """The dtype to multiply in: for "auto" bfloat16 where the hardware does so natively, else float32.
+
+    A processor without bfloat16 instructions emulates them, some hundred times slower than float32.
+    """
+    if precision != "auto":
+        return getattr(torch, check_parameters(precision=precision).precision)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch 2.10 does not tell yet: then float32, which is always right
+        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def environment():
+    """What a figure depends on, as a dict: device, precision, threads, system, versions, commit of this project."""
+    device = find_device()
+    with contextlib.suppress(OSError):  # no git on this machine
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "precision": str(find_precision(device)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "commit": (git.stdout.strip() if "git" in locals() else "") or "unknown",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- data
+def _extract(archive, folder):
+    """Extract one .gz of a data set into `folder` unless it lies there whole; nothing half-written stays."""
+    target = folder / archive.stem
+    with archive.open("rb") as file:  # a .gz ends with the CRC-32 and the length of what it holds
+        file.seek(-8, os.SEEK_END)
+        crc, length = (int.from_bytes(file.read(4), "little") for _ in range(2))
+    if target.is_file() and target.stat().st_size == length and zlib.crc32(target.read_bytes()) == crc:
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".extract-") as workshop:
+        extract_archive(str(archive), workshop)
+        os.replace(pathlib.Path(workshop, archive.stem), target)
+
+
+def load_dataset(dataset="MNIST", train=True, transform=None, data_dir=HERE / "data"):
+    """torchvision's MNIST or FashionMNIST, from the original files in data/; never downloads.
+
+    Every .gz is verified by torchvision's own MD5 list, every extracted file by the checksum in its .gz; an
+    extracted file that is missing or damaged is made anew. Where data/ can't be written, a temporary folder
+    serves. Raises ValueError for an unknown data set, RuntimeError that names a damaged or missing file.
+    """
+    source = getattr(torchvision.datasets, check_parameters(dataset=dataset).dataset)
+    raw = pathlib.Path(data_dir, dataset, "raw")
+    for name, md5 in source.resources:
+        if not check_integrity(str(raw / name), md5):
+            state = "damaged" if (raw / name).is_file() else "missing"
+            raise RuntimeError(f"data file {raw / name} is {state}; bring it back with "
+                               f"`git checkout -- data/{dataset}`, or see data/README.md")
+    archives = [raw / name for name, _ in source.resources]
+    try:
+        with FileLock(raw / ".lock"):  # two processes may start at once on a fresh clone
+            for archive in archives:
+                _extract(archive, raw)
+        return source(data_dir, train=train, transform=transform)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    with tempfile.TemporaryDirectory() as elsewhere:  # torchvision reads the file whole, into memory
+        folder = pathlib.Path(elsewhere, dataset, "raw")
+        folder.mkdir(parents=True)
+        for archive in archives:
+            _extract(archive, folder)
+        return source(elsewhere, train=train, transform=transform)
+
+
+class ImageIterator:
+    """Yields (X, y): X float32 (batch, 1, image_size, image_size) in [0, 1], y int64 (batch,), both on `device`.
+
+    Holds the images as bytes, 28×28, and enlarges a whole batch at once. Each pass is one epoch: every image
+    once, in an order that depends on the seed and the epoch's number alone. With torch.distributed running,
+    each rank gets its own share.
+    """
+
+    def __init__(self, images, labels, batch_size, image_size, shuffle, seed, normalize, device):
+        self.images, self.labels = images.to(device), labels.to(device)  # (n, 28, 28) uint8, (n,) int64
+        self.batch_size, self.image_size, self.normalize = batch_size, image_size, normalize
+        ranks = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if ranks else (0, 1)
+        if shuffle:
+            self.sampler = DistributedSampler(labels, self.ranks, self.rank, shuffle=True, seed=seed)
+        else:  # a DistributedSampler repeats images to fill up the last share: wrong where one counts
+            self.sampler = range(self.rank, len(labels), self.ranks)
+        self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
+        self.set_epoch(0)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch, skip=0):
+        """The next pass is epoch number `epoch`, without its first `skip` batches."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self):
+        if isinstance(self.sampler, DistributedSampler):
+            self.sampler.set_epoch(self.epoch)
+        skip = self.skip
+        self.set_epoch(self.epoch + 1)
+        for indices in itertools.islice(self.batches, skip, None):
+            yield self.take(torch.tensor(indices))
+
+    def take(self, indices):
+        """The batch (X, y) of these images; indices int64 (batch,)."""
+        indices = indices.to(self.images.device)
+        X = self.images[indices].unsqueeze(1).float() / 255
+        X = F.interpolate(X, size=(self.image_size,) * 2, mode="bilinear", align_corners=False)
+        if self.normalize:
+            mean, std = self.normalize
+            X = (X - mean) / std
+        return X, self.labels[indices]
+
+
+def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0, test_images=0, normalize=False,
+              seed=0, device=None, data_dir=HERE / "data"):
+    """(train_iter, test_iter) over MNIST or Fashion-MNIST, two `ImageIterator`s; the training set is shuffled.
+
+    batch_size    images a batch; the last batch of an epoch may be smaller
+    image_size    pixels a side, at least the original 28
+    train_images, test_images    how many images to use, spread evenly over the set; 0 for all
+    normalize     subtract the training pixels' mean, divide by their standard deviation
+    device        where the images lie; None finds the fastest
+
+    Raises ValueError (a parameter), RuntimeError (a damaged or missing data file).
+    """
+    p = check_parameters(dataset=dataset, batch_size=batch_size, train_images=train_images, test_images=test_images,
+                         seed=seed)
+    if not (isinstance(image_size, int) and 28 <= image_size <= 512):
+        raise _refuse("image_size", image_size, "a whole number of pixels from 28 to 512")
+    mean_and_std, iterators = None, []
+    for train, wanted in ((True, p.train_images), (False, p.test_images)):
+        data = load_dataset(p.dataset, train, data_dir=data_dir)
+        if normalize and train:
+            pixels = data.data.double() / 255
+            mean_and_std = pixels.mean().item(), pixels.std().item()
+        count = wanted or len(data)
+        # Spread evenly: the second half of MNIST's test set is harder than the first.
+        chosen = torch.arange(count) * len(data) // count
+        iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,
+                                       p.seed, mean_and_std, device or find_device()))
+    return tuple(iterators)
+
+
+# ------------------------------------------------------------------------------------------------ networks
+class LeNet(nn.Sequential):
+    """LeNet-5's layout with sigmoids: (batch, 1, 28, 28) to logits (batch, 10). LeCun et al. 1998, figure 2."""
+
+    def __init__(self):
+        super().__init__()
+        for name, layer in {
+            "conv1": nn.Conv2d(1, 6, 5, padding=2), "sigmoid1": nn.Sigmoid(), "pool1": nn.AvgPool2d(2, 2),
+            "conv2": nn.Conv2d(6, 16, 5), "sigmoid2": nn.Sigmoid(), "pool2": nn.AvgPool2d(2, 2),
+            "flatten": nn.Flatten(),
+            "fc1": nn.Linear(400, 120), "sigmoid3": nn.Sigmoid(),
+            "fc2": nn.Linear(120, 84), "sigmoid4": nn.Sigmoid(),
+            "fc3": nn.Linear(84, 10),
+        }.items():
+            self.add_module(name, layer)
+
+
+class AlexNet(nn.Sequential):
+    """AlexNet for one-channel images: (batch, 1, image_size, image_size) to logits (batch, num_classes).
+
+    all_relus=False is the article's form, with nothing between conv3, conv4 and conv5; all_relus=True puts a
+    ReLU after every convolution, as Krizhevsky et al. 2012, section 3.5. dropout > 0 drops that share of the
+    inputs of fc1 and fc2 while training (section 4.2: 0.5). Raises ValueError for an image_size too small.
+    """
+
+    def __init__(self, image_size=244, num_classes=10, all_relus=False, dropout=0.0):
+        p = check_parameters(image_size=image_size, all_relus=all_relus)
+        super().__init__()
+        side = p.image_size
+        for kernel, stride in ((11, 4), (3, 2), (3, 2), (3, 2)):  # conv1 and the pools; the rest keeps the size
+            side = (side - kernel) // stride + 1
+        dropouts = [nn.Dropout(dropout) if dropout else None for _ in range(2)]
+        for name, layer in {
+            "conv1": nn.Conv2d(1, 96, 11, stride=4), "relu1": nn.ReLU(), "pool1": nn.MaxPool2d(3, 2),
+            "conv2": nn.Conv2d(96, 256, 5, padding=2), "relu2": nn.ReLU(), "pool2": nn.MaxPool2d(3, 2),
+            "conv3": nn.Conv2d(256, 384, 3, padding=1), "relu3": nn.ReLU() if p.all_relus else None,
+            "conv4": nn.Conv2d(384, 384, 3, padding=1), "relu4": nn.ReLU() if p.all_relus else None,
+            "conv5": nn.Conv2d(384, 256, 3, padding=1), "relu5": nn.ReLU(), "pool3": nn.MaxPool2d(3, 2),
+            "flatten": nn.Flatten(),
+            "dropout1": dropouts[0], "fc1": nn.Linear(256 * side * side, 4096), "relu6": nn.ReLU(),
+            "dropout2": dropouts[1], "fc2": nn.Linear(4096, 4096), "relu7": nn.ReLU(),
+            "fc3": nn.Linear(4096, num_classes),
+        }.items():
+            if layer is not None:
+                self.add_module(name, layer)
+
+
+def init_weights(net, scheme):
+    """Initialise every convolution and linear layer of `net` in place, and return it.
+
+    "normal"      weights N(0, 1); biases untouched (the article's run A)
+    "kaiming"     weights N(0, 2 / fan_in), He et al. 2015, section 2.2; biases untouched (runs B and C)
+    "default"     what torch does by itself: uniform in ±1/√fan_in, weights and biases
+    "krizhevsky"  weights N(0, 0.01²); biases 1 in conv2, conv4, conv5, fc1 and fc2, else 0 (2012, section 5)
+
+    Draws from torch's global generator: call torch.manual_seed before. Raises ValueError.
+    """
+    scheme = check_parameters(init=scheme).init
+    for name, layer in net.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        if scheme == "normal":
+            nn.init.normal_(layer.weight)
+        elif scheme == "kaiming":
+            nn.init.kaiming_normal_(layer.weight)
+        elif scheme == "default":
+            layer.reset_parameters()
+        else:
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
+    return net
+
+
+# ------------------------------------------------------------------------------------------------ training
+class Row(BaseModel):
+    """One logged line: means over the steps since the line before; accuracies are shares from 0 to 1."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    test_accuracy: float | None
+
+    def __str__(self):
+        test = "" if self.test_accuracy is None else f"   test acc {self.test_accuracy:.3f}"
+        return f"step {self.step:5d}   loss {self.train_loss:9.3g}   train acc {self.train_accuracy:.3f}{test}"
+
+
+class History(BaseModel):
+    """What a training run went through; `model_dump_json` and `model_validate_json` write and read it."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    loss: list[float] = []  # of each step's batch
+    accuracy: list[float] = []  # of each step's batch
+    rows: list[Row] = []
+    diverged_at: int | None = None  # the first step with a loss that is not finite
+
+    def plot(self, axes=None, run="C", label=None):
+        """Loss (log scale, up to the last finite one) and accuracy over steps; returns the two axes."""
+        if axes is None:
+            _, axes = plt.subplots(1, 2, figsize=(9, 3))
+        style = {**STYLE[run], "marker": ""}
+        steps = range(1, len(self.loss) + 1)
+        finite = [loss if math.isfinite(loss) else math.nan for loss in self.loss]
+        axes[0].plot(steps, finite, label=label, **style)
+        if self.diverged_at and self.diverged_at > 1:
+            axes[0].plot(self.diverged_at - 1, finite[self.diverged_at - 2], "kx", ms=9, mew=2)
+        axes[0].set(xlabel="step", ylabel="loss of the batch (nats)", yscale="log")
+        axes[1].plot(steps, self.accuracy, label=None if label is None else f"{label}, training batch", **style)
+        tested = [row for row in self.rows if row.test_accuracy is not None]
+        if tested:
+            axes[1].plot([row.step for row in tested], [row.test_accuracy for row in tested], linestyle="none",
+                         color="black", marker=style["marker"] or "D", label="test set")
+        axes[1].set(xlabel="step", ylabel="accuracy (share)", ylim=(-0.02, 1.02))
+        return axes
+
+
+class Evaluation(NamedTuple):
+    loss: float  # mean cross-entropy, nats
+    accuracy: float  # share, from 0 to 1
+    confusion: torch.Tensor  # int64 (classes, classes): row the true class, column the predicted one
+
+
+def _autocast(device, precision):
+    dtype = find_precision(device, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@torch.inference_mode()
+def evaluate(net, data_iter, precision="auto"):
+    """`Evaluation` of net over all of data_iter, on the device of net; joined over the ranks where there are any."""
+    from torchmetrics import MeanMetric  # seconds to import: only for those who evaluate
+    from torchmetrics.classification import MulticlassConfusionMatrix
+
+    device, was_training = next(net.parameters()).device, net.training
+    net.eval()
+    confusion, loss = None, MeanMetric(nan_strategy="disable").to(device)
+    with _autocast(device, precision):
+        for X, y in data_iter:
+            logits = net(X.to(device, memory_format=torch.channels_last)).float()
+            y = y.to(device)
+            if confusion is None:
+                confusion = MulticlassConfusionMatrix(logits.shape[1], validate_args=False).to(device)
+            confusion.update(logits.argmax(1), y)  # the arg max of a row of NaN is 0, as everywhere in torch
+            loss.update(F.cross_entropy(logits, y), len(y))
+    net.train(was_training)
+    if confusion is None:
+        raise _refuse("data_iter", data_iter, "an iterator of at least one batch")
+    counts = confusion.compute().cpu()
+    return Evaluation(loss.compute().item(), (counts.trace() / counts.sum()).item(), counts)
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A temporary file beside `path` that takes its place when all went well, and leaves no trace otherwise."""
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _LiveFigure:
+    """Redraws a History in place while it grows, where there is a notebook to show it."""
+
+    def __init__(self, wanted, run):
+        self.run, self.handle, self.drawn = run, None, 0.0
+        self.wanted = wanted and hasattr(get_ipython(), "kernel")
+
+    def update(self, history, seconds_between=3.0):
+        if not self.wanted or time.monotonic() - self.drawn < seconds_between:
+            return
+        figure = history.plot(run=self.run)[0].figure
+        if self.handle is None:
+            self.handle = display.display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        plt.close(figure)
+        self.drawn = time.monotonic()
+
+
+def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=torch.optim.SGD, scheduler=None,
+          log_every=200, stop_at_nonfinite=True, precision="auto", checkpoint=None, checkpoint_every=100,
+          progress=True, live=True, run="C"):
+    """Train net in place with cross-entropy, on the device of its parameters; returns its `History`.
+
+    train_iter, test_iter   yield (X, y); with test_iter each logged line has the accuracy on all of it
+    num_epochs              may be a fraction: 0.5 is half of the batches
+    optimizer, scheduler    called as optimizer(net.parameters(), lr=lr) and scheduler(optimizer); the schedule
+                            moves at each step
+    log_every               steps a logged line; the last step always has one
+    stop_at_nonfinite       end at the first loss that is inf or NaN (else go on, as the article did); the weights
+                            are then those that gave this loss
+    precision               "auto" (`find_precision`), "float32" or "bfloat16" (autocast)
+    checkpoint              file to resume from if it exists, written anew every `checkpoint_every` steps and at
+                            the end; a resumed run equals an uninterrupted one bit for bit on the same machine,
+                            if train_iter has `set_epoch` as `load_data`'s has
+    progress, live, run     progress bar; live figure in a notebook; its entry in STYLE
+
+    Raises ValueError (a parameter; a checkpoint that is damaged or of another run).
+    """
+    p = check_parameters(lr=lr, num_epochs=num_epochs, precision=precision, checkpoint=str(checkpoint or ""))
+    if log_every < 1:
+        raise _refuse("log_every", log_every, "a whole number from 1")
+    device = next(net.parameters()).device
+    net.to(memory_format=torch.channels_last).train()
+    optimizer = optimizer(net.parameters(), lr=p.lr)
+    scheduler = scheduler(optimizer) if scheduler else None
+    saved = _Checkpoint(checkpoint, f"{net}, {type(optimizer).__name__}, lr {p.lr}, {len(train_iter)} batches",
+                        {"net": net, "optimizer": optimizer, "scheduler": scheduler})
+    history, figure = saved.load(), _LiveFigure(live, run)
+    step, total = len(history.loss), max(1, round(p.num_epochs * len(train_iter)))
+
+    with tqdm(total=total, initial=step, unit="step", file=sys.stdout, disable=not progress, mininterval=2,
+              ncols=100) as bar:
+        while step < total and not (history.diverged_at and stop_at_nonfinite):
+            for X, y in itertools.islice(_remaining_batches(train_iter, step), total - step):
+                X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
+                with _autocast(device, p.precision):
+                    logits = net(X).float()
+                    loss = F.cross_entropy(logits, y)
+                step += 1
+                history.loss.append(loss.item())
+                history.accuracy.append((logits.argmax(1) == y).float().mean().item())
+                if history.diverged_at is None and not math.isfinite(history.loss[-1]):
+                    history.diverged_at = step
+                    if stop_at_nonfinite:
+                        break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if scheduler:
+                    scheduler.step()
+
+                bar.update()
+                bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
+                if step % log_every == 0 or step == total:
+                    window = slice((step - 1) // log_every * log_every, step)
+                    history.rows.append(Row(
+                        step=step, train_loss=statistics.fmean(history.loss[window]),
+                        train_accuracy=statistics.fmean(history.accuracy[window]),
+                        test_accuracy=None if test_iter is None else evaluate(net, test_iter, p.precision).accuracy,
+                    ))
+                    bar.write(str(history.rows[-1]), file=sys.stdout)
+                if step % checkpoint_every == 0 or step == total:
+                    saved.save(history)
+                figure.update(history)
+    figure.update(history, seconds_between=0)
+    return history
+
+
+def _remaining_batches(train_iter, step):
+    """The batches of the epoch under way after `step` steps in all."""
+    epoch, skip = divmod(step, len(train_iter))
+    if hasattr(train_iter, "set_epoch"):
+        train_iter.set_epoch(epoch, skip)
+        return train_iter
+    return itertools.islice(train_iter, skip, None)
+
+
+class _Checkpoint:
+    """The state of one training run in one file; with no path it does nothing."""
+
+    def __init__(self, path, run, parts):
+        self.path, self.run = path, run  # `run` describes what must be the same when the run is taken up again
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+
+    def save(self, history):
+        if self.path:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+            with _replacing(self.path) as file:
+                torch.save({**state, "random": random, "run": self.run, "history": history.model_dump_json()}, file)
+
+    def load(self):
+        """The history so far, and net, optimizer, schedule and random numbers set to where it ended."""
+        if not self.path or not os.path.exists(self.path):
+            return History()
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            run, history = state["run"], History.model_validate_json(state["history"])
+        except Exception:
+            allowed = "a file that `train` wrote whole; delete it to start anew"
+            raise _refuse("checkpoint", str(self.path), allowed) from None
+        if run != self.run:
+            raise _refuse("checkpoint", str(self.path),
+                          f"of another run ({run.splitlines()[-1]}); give another path, or delete it")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"][0])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random"][1:])
+        return history
+
+
+# ----------------------------------------------------------------------------------------------- diagnosis
+class NonFinite(NamedTuple):
+    """Where the first inf or NaN of a training run was born; print it."""
+
+    step: int
+    phase: str  # "forward", "loss", "backward" or "update"
+    layer: str  # name in net.named_modules(); "" in phase "loss"
+    tensor: str  # "output", "loss", "gradient of the input", "gradient of weight", "weight", …
+    value: str  # "inf" or "nan"
+    largest: list  # the ten largest finite magnitudes it was computed from: (magnitude, "tensor[index]")
+    trail: list  # what was finite before it: (step, phase, layer, tensor, largest magnitude), oldest first
+
+    def __str__(self):
+        where = f"step {self.step}, {self.phase}" + (f", layer {self.layer}" if self.layer else "")
+        lines = [f"first {self.value} at {where}: {self.tensor}", "", "largest magnitudes it was computed from"]
+        lines += [f"  {magnitude:10.3g}  {name}" for magnitude, name in self.largest]
+        lines += ["", "the last finite tensors before it, and their largest magnitude"]
+        lines += [f"  {magnitude:10.3g}  step {step} {phase:8s} {layer:6s} {tensor}"
+                  for step, phase, layer, tensor, magnitude in self.trail[-10:]]
+        return "\n".join(lines)
+
+
+class _Born(Exception):
+    """Carries the `NonFinite` out of the hooks."""
+
+
+def first_nonfinite(net, train_iter, lr, *, max_steps=100, optimizer=torch.optim.SGD, precision="auto"):
+    """Train net in place until the first inf or NaN is born; returns its `NonFinite`, or None after max_steps.
+
+    Looks at every layer's output (forward), the loss, each layer's gradients in the order in which they are
+    computed (backward), and the weights after the optimizer's step (update). A layer is a module without
+    children. In backward, a bad gradient belongs to the layer that computed it. An input that is not finite
+    is reported as phase "forward", layer "input". Raises ValueError for a bad lr, max_steps or precision.
+    """
+    p = check_parameters(lr=lr, max_steps=max_steps, precision=precision)
+    device = next(net.parameters()).device
+    net.to(memory_format=torch.channels_last).train()
+    optimizer = optimizer(net.parameters(), lr=p.lr)
+    layers = {name: layer for name, layer in net.named_modules() if not list(layer.children())}
+    inputs, trail, step = {}, [], 0
+
+    def look(phase, layer, tensor, value, operands):
+        """Note the tensor's largest magnitude; stop everything if it isn't finite."""
+        magnitude = value.detach().abs().max().item()  # NaN wins every comparison in torch's max
+        if math.isfinite(magnitude):
+            trail.append((step, phase, layer, tensor, magnitude))
+            return
+        kind = "nan" if value.isnan().any() else "inf"
+        raise _Born(NonFinite(step, phase, layer, tensor, kind, _largest(operands), trail))
+
+    def after_forward(name, layer, args, output):
+        inputs[name] = args[0].detach()
+        look("forward", name, "output", output, {"input": args[0], **dict(layer.named_parameters())})
+
+    def after_backward(name, layer, grad_input, grad_output):
+        operands = {"gradient of the output": grad_output[0], "input": inputs[name], **dict(layer.named_parameters())}
+        for parameter, value in layer.named_parameters():
+            if value.grad is not None:
+                look("backward", name, f"gradient of {parameter}", value.grad, operands)
+        if grad_input[0] is not None:
+            look("backward", name, "gradient of the input", grad_input[0], operands)
+
+    hooks = []
+    for name, layer in layers.items():
+        hooks.append(layer.register_forward_hook(functools.partial(after_forward, name)))
+        hooks.append(layer.register_full_backward_hook(functools.partial(after_backward, name)))
+    batches = itertools.chain.from_iterable(itertools.repeat(train_iter))
+    try:
+        for X, y in itertools.islice(batches, p.max_steps):
+            step += 1
+            X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
+            look("forward", "input", "X", X, {"X": X})
+            X.requires_grad_()  # else torch has no gradient to hand to the first layer's hook, and warns
+            with _autocast(device, p.precision):
+                logits = net(X).float()
+                loss = F.cross_entropy(logits, y)
+            look("loss", "", "loss", loss, {"logits": logits})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for name, layer in layers.items():
+                for parameter, value in layer.named_parameters():
+                    look("update", name, parameter, value, {f"gradient of {parameter}": value.grad})
+    except _Born as birth:
+        return birth.args[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def _largest(tensors, count=10):
+    """The `count` largest finite magnitudes among the named tensors: [(magnitude, "name[index]")], largest first."""
+    found = []
+    for name, tensor in tensors.items():
+        flat = tensor.detach().float().abs().flatten()
+        magnitudes, places = flat.where(flat.isfinite(), -1.0).topk(min(count, len(flat)))
+        for magnitude, place in zip(magnitudes.tolist(), places.tolist(), strict=True):
+            index = ", ".join(str(i.item()) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
+            found.append((magnitude, f"{name}[{index}]"))
+    return sorted((pair for pair in found if pair[0] >= 0), reverse=True)[:count]
+
+
+# ------------------------------------------------------------------------------------------------- results
+def save_results(path, results):
+    """Write a dict of results, with `environment()`, as one JSON file, whole or not at all; path "" does nothing.
+
+    Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity". Raises ValueError for a bad path.
+    """
+    path = check_parameters(results_path=str(path)).results_path
+    if path:
+        text = to_json({**results, "environment": environment()}, indent=1, inf_nan_mode="strings")
+        with _replacing(path) as file:
+            file.write_bytes(text + b"\n")
