@@ -7,6 +7,7 @@
     training     train, evaluate, History
     diagnosis    first_nonfinite                       where the first inf or NaN is born
     results      save_results                          one JSON file a run
+    figures      STYLE, show                           one look
 
 Shapes are written (batch, channel, height, width). A *step* is one mini-batch; steps count from 1.
 """
@@ -51,8 +52,14 @@ STYLE = {
     "LeNet": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
     "other": {"color": "#CC79A7", "linestyle": ":", "marker": "v"},
 }
-plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+plt.rcParams.update({"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True})
+
+
+def show(figure, alt):
+    """Display a figure with a text for those who can't see it, and close it."""
+    display.display(figure, metadata={"image/png": {"alt": alt}})
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -266,7 +273,7 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
             pixels = data.data.double() / 255
             mean_and_std = pixels.mean().item(), pixels.std().item()
         count = wanted or len(data)
-        # Spread evenly: the second half of MNIST's test set is harder than the first.
+        # Spread evenly: the halves of MNIST's test set come from different groups of writers.
         chosen = torch.arange(count) * len(data) // count
         iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,
                                        p.seed, mean_and_std, device or find_device()))
@@ -394,6 +401,8 @@ class Evaluation(NamedTuple):
     loss: float  # mean cross-entropy, nats
     accuracy: float  # share, from 0 to 1
     confusion: torch.Tensor  # int64 (classes, classes): row the true class, column the predicted one
+    losses: torch.Tensor  # float32 (images,), of each image in the order of data_iter, on the CPU
+    predictions: torch.Tensor  # int64 (images,), likewise
 
 
 def _autocast(device, precision):
@@ -403,26 +412,29 @@ def _autocast(device, precision):
 
 @torch.inference_mode()
 def evaluate(net, data_iter, precision="auto"):
-    """`Evaluation` of net over all of data_iter, on the device of net; joined over the ranks where there are any."""
+    """`Evaluation` of net over all of data_iter, on the device of net.
+
+    Where ranks exist, loss, accuracy and confusion are joined over them; losses and predictions are the rank's
+    own. A row of logits that is all NaN counts as class 0, the arg max that torch gives it.
+    """
     from torchmetrics import MeanMetric  # seconds to import: only for those who evaluate
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
-    confusion, loss = None, MeanMetric(nan_strategy="disable").to(device)
+    losses, predictions, labels = [], [], []
     with _autocast(device, precision):
         for X, y in data_iter:
             logits = net(X.to(device, memory_format=torch.channels_last)).float()
-            y = y.to(device)
-            if confusion is None:
-                confusion = MulticlassConfusionMatrix(logits.shape[1], validate_args=False).to(device)
-            confusion.update(logits.argmax(1), y)  # the arg max of a row of NaN is 0, as everywhere in torch
-            loss.update(F.cross_entropy(logits, y), len(y))
+            losses.append(F.cross_entropy(logits, y.to(device), reduction="none"))
+            predictions.append(logits.argmax(1))
+            labels.append(y.to(device))
     net.train(was_training)
-    if confusion is None:
-        raise _refuse("data_iter", data_iter, "an iterator of at least one batch")
-    counts = confusion.compute().cpu()
-    return Evaluation(loss.compute().item(), (counts.trace() / counts.sum()).item(), counts)
+    losses, predictions, labels = (torch.cat(parts) for parts in (losses, predictions, labels))
+    mean, confusion = MeanMetric(nan_strategy="disable"), MulticlassConfusionMatrix(logits.shape[1])
+    loss = mean.to(device)(losses).item()
+    counts = confusion.to(device)(predictions, labels).cpu()
+    return Evaluation(loss, (counts.trace() / counts.sum()).item(), counts, losses.cpu(), predictions.cpu())
 
 
 @contextlib.contextmanager
