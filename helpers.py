@@ -95,7 +95,7 @@ class Parameters(BaseModel):
     log_every: int = Field(0, ge=0, description="a whole number from 0")
     train_images: int = Field(0, ge=0, le=60_000, description="a whole number from 0 (all) to 60000")
     test_images: int = Field(0, ge=0, le=10_000, description="a whole number from 0 (all) to 10000")
-    seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
+    seed: int = Field(0, ge=0, lt=2**32, description="a whole number from 0 to 2**32 - 1")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="'auto', 'float32' or 'bfloat16'")
     results_path: Annotated[str, AfterValidator(_writable)] = Field(
         "", description="'' or a file in a folder that exists and can be written")
@@ -218,7 +218,8 @@ class ImageIterator:
         ranks = distributed.is_available() and distributed.is_initialized()
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if ranks else (0, 1)
         if shuffle:
-            self.sampler = DistributedSampler(labels, self.ranks, self.rank, shuffle=True, seed=seed)
+            # It draws epoch e of seed s like epoch e - 1 of seed s + 1; far apart, no two seeds meet.
+            self.sampler = DistributedSampler(labels, self.ranks, self.rank, shuffle=True, seed=seed << 20)
         else:  # a DistributedSampler repeats images to fill up the last share: wrong where one counts
             self.sampler = range(self.rank, len(labels), self.ranks)
         self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
@@ -521,8 +522,8 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                 if scheduler:
                     scheduler.step()
 
-                bar.update()
                 bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
+                bar.update()
                 if step % log_every == 0 or step == total:
                     window = slice((step - 1) // log_every * log_every, step)
                     history.rows.append(Row(
