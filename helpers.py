@@ -431,11 +431,15 @@ def evaluate(net, data_iter, precision="auto"):
             predictions.append(logits.argmax(1))
             labels.append(y.to(device))
     net.train(was_training)
+    if not labels:
+        raise _refuse("data_iter", data_iter, "an iterator of at least one batch")
     losses, predictions, labels = (torch.cat(parts) for parts in (losses, predictions, labels))
-    mean, confusion = MeanMetric(nan_strategy="disable"), MulticlassConfusionMatrix(logits.shape[1])
-    loss = mean.to(device)(losses).item()
-    counts = confusion.to(device)(predictions, labels).cpu()
-    return Evaluation(loss, (counts.trace() / counts.sum()).item(), counts, losses.cpu(), predictions.cpu())
+    loss, confusion = MeanMetric(nan_strategy="disable"), MulticlassConfusionMatrix(logits.shape[1])
+    loss.to(device).update(losses)  # update and compute: these join the ranks, a plain call does not
+    confusion.to(device).update(predictions, labels)
+    counts = confusion.compute().cpu()
+    accuracy = (counts.trace() / counts.sum()).item()
+    return Evaluation(loss.compute().item(), accuracy, counts, losses.cpu(), predictions.cpu())
 
 
 @contextlib.contextmanager
@@ -492,6 +496,8 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     p = check_parameters(lr=lr, num_epochs=num_epochs, precision=precision, checkpoint=str(checkpoint or ""))
     if log_every < 1:
         raise _refuse("log_every", log_every, "a whole number from 1")
+    if not len(train_iter):
+        raise _refuse("train_iter", train_iter, "an iterator of at least one batch")
     device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last).train()
     optimizer = optimizer(net.parameters(), lr=p.lr)

@@ -1,0 +1,521 @@
+"""What a user relies on in helpers.py, on the real data sets."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.transforms import v2
+
+import helpers
+from helpers import AlexNet, History, LeNet, check_parameters, evaluate, first_nonfinite, init_weights, load_data, train
+
+CPU = torch.device("cpu")
+
+
+def digits(**options):
+    """(train_iter, test_iter) of small original-size MNIST."""
+    return load_data(**{"image_size": 28, "train_images": 600, "test_images": 200, "batch_size": 50} | options)
+
+
+def run_python(code, **options):
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, cwd=tempfile.gettempdir(), **options)
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+def test_strings_of_a_shell_or_yaml_are_coerced():
+    p = check_parameters(lr="1e-3", all_relus="false", batch_size="100", num_epochs="0.5")
+    assert (p.lr, p.all_relus, p.batch_size, p.num_epochs) == (0.001, False, 100, 0.5)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), [
+    ("lr", "abc", "a finite number above 0"), ("lr", -1, "above 0"), ("lr", math.inf, "finite"),
+    ("lr", math.nan, "finite"), ("batch_size", 0, "from 1"), ("batch_size", 2.5, "whole number"),
+    ("dataset", "CIFAR", "'MNIST' or 'FashionMNIST'"),
+    ("image_size", 20, "from 67"), ("init", "foo", "'kaiming'"), ("all_relus", "perhaps", "true or false"),
+    ("num_epochs", 0, "above 0"), ("test_images", 10_001, "to 10000"),
+
+    ("results_path", "/no/such/folder/x.json", "folder"), ("checkpoint", tempfile.gettempdir(), "file in a folder"),
+    ("momentum", 0.9, "no parameter")])
+def test_a_bad_parameter_is_one_line_with_name_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=allowed) as error:
+        check_parameters(**{"seed": 1, name: value})
+    message = str(error.value)
+    assert message.startswith(f"{name} = {value!r} is not allowed; ") and "\n" not in message
+
+
+@given(st.floats())
+def test_lr_is_taken_if_and_only_if_it_is_finite_and_positive(lr):
+    with contextlib.nullcontext() if 0 < lr < math.inf else pytest.raises(ValueError):
+        assert check_parameters(lr=lr).lr == lr
+
+
+@pytest.mark.parametrize("call", [
+    lambda: load_data("CIFAR"), lambda: load_data(batch_size=0), lambda: load_data(image_size=20), lambda: AlexNet(66),
+    lambda: init_weights(LeNet(), "foo"), lambda: train(LeNet(), [1], lr="abc"), lambda: train(LeNet(), [1], lr=-1),
+    lambda: train(LeNet(), [1], log_every=0), lambda: train(LeNet(), [1], checkpoint="/no/such/folder/file"),
+    lambda: first_nonfinite(LeNet(), [], 0), lambda: helpers.save_results("/no/such/folder/file", {}),
+    lambda: evaluate(LeNet(), []), lambda: train(LeNet(), [])])
+def test_functions_refuse_bad_arguments_the_same_way(call):
+    with pytest.raises(ValueError, match=r"^\w+ = .+ is not allowed; "):
+        call()
+
+
+# ---------------------------------------------------------------------------------------------------- data
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST"])
+def test_batches_equal_torchvisions_own_transform(dataset):
+    resize = v2.Compose([v2.Resize((244, 244)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    reference = helpers.load_dataset(dataset, transform=resize)
+    train_iter, test_iter = load_data(dataset, device=CPU)
+    X, y = train_iter.take(torch.arange(40))
+    theirs, labels = zip(*(reference[i] for i in range(40)), strict=True)
+    assert X.shape == (40, 1, 244, 244) and X.dtype == torch.float32 and 0 <= X.min() and X.max() <= 1
+    # PIL enlarges in two passes and rounds to 8 bits after each: half a grey level twice
+    assert (X - torch.stack(theirs)).abs().max() <= 1 / 255 + 1e-6
+    assert y.tolist() == list(labels) and len(train_iter) == 600 and len(test_iter) == 100
+
+
+@settings(deadline=None, max_examples=25)
+@given(images=st.integers(1, 300), batch_size=st.integers(1, 80), seed=st.integers(0, 2**32 - 1),
+       epoch=st.integers(0, 50))
+def test_every_image_comes_once_an_epoch(images, batch_size, seed, epoch):
+    train_iter, _ = load_data(image_size=28, batch_size=batch_size, train_images=images, seed=seed, device=CPU)
+    train_iter.set_epoch(epoch)
+    batches = list(train_iter)
+    assert len(batches) == len(train_iter) == math.ceil(images / batch_size)
+    seen = sorted(X.sum().item() for X in torch.cat([X for X, _ in batches]))
+    assert seen == pytest.approx(sorted((train_iter.images / 255).sum((1, 2)).tolist()), rel=1e-4)
+
+
+def labels_of(train_iter, epoch, skip=0):
+    train_iter.set_epoch(epoch, skip)
+    return torch.cat([y for _, y in train_iter])
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    (first, _), (same, _), (other, _) = digits(seed=3), digits(seed=3), digits(seed=4)
+    next(iter(first))  # a look at one batch must not change what training sees
+    assert torch.equal(labels_of(first, 5), labels_of(same, 5))
+    assert torch.equal(labels_of(first, 5, skip=4), labels_of(same, 5)[200:])
+    assert not torch.equal(labels_of(first, 0), labels_of(first, 1))
+    # torch's DistributedSampler alone draws epoch 1 of seed 3 like epoch 0 of seed 4
+    assert not torch.equal(labels_of(first, 1), labels_of(other, 0))
+
+
+def test_iterating_twice_gives_two_epochs():
+    train_iter, test_iter = digits()
+    assert not torch.equal(*(torch.cat([y for _, y in train_iter]) for _ in range(2)))
+    assert torch.equal(*(torch.cat([y for _, y in test_iter]) for _ in range(2)))
+
+
+def test_normalize_uses_the_training_pixels():
+    train_iter, _ = load_data(image_size=28, normalize=True, batch_size=10_000, device=CPU)
+    X = torch.cat([X for X, _ in train_iter])
+    assert X.mean().abs() < 1e-3 and (X.std() - 1).abs() < 1e-3
+
+
+def test_a_subset_is_spread_over_the_set():
+    _, test_iter = load_data(image_size=28, test_images=100)
+    whole = helpers.load_dataset(train=False)
+    assert test_iter.labels.tolist() == whole.targets[::100].tolist()
+
+
+@pytest.fixture
+def data_copy(tmp_path):
+    """A fresh clone's data folder: the .gz files alone."""
+    for name in ("MNIST", "FashionMNIST"):
+        shutil.copytree(helpers.HERE / "data" / name, tmp_path / name, ignore=shutil.ignore_patterns("*ubyte", ".*"))
+    return tmp_path
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    path.unlink() if how == "missing" else path.write_bytes(
+        whole[: len(whole) // 2] if how == "truncated" else whole[:5000] + b"?" + whole[5001:])
+
+
+@pytest.mark.parametrize("how", ["damaged", "truncated", "missing"])
+def test_a_bad_original_file_is_one_error_with_its_name_and_the_way_out(data_copy, how):
+    bad = data_copy / "MNIST/raw/train-images-idx3-ubyte.gz"
+    damage(bad, how)
+    before = sorted(data_copy.rglob("*"))
+    with pytest.raises(RuntimeError, match="git checkout") as error:
+        load_data(data_dir=data_copy)
+    assert str(bad) in str(error.value) and sorted(data_copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("how", ["damaged", "truncated", "missing"])
+def test_a_bad_extracted_file_is_made_anew(data_copy, how):
+    helpers.load_dataset(data_dir=data_copy)
+    extracted = data_copy / "MNIST/raw/train-images-idx3-ubyte"
+    whole = extracted.read_bytes()
+    damage(extracted, how)
+    helpers.load_dataset(data_dir=data_copy)
+    assert extracted.read_bytes() == whole
+
+
+def test_an_extraction_that_fails_half_way_leaves_nothing(data_copy, monkeypatch):
+    def half(archive, folder):
+        pathlib.Path(folder, pathlib.Path(archive).stem).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(helpers, "extract_archive", half)
+    with pytest.raises(OSError, match="No space"):
+        helpers.load_dataset(data_dir=data_copy)
+    assert not list(data_copy.rglob("*ubyte")) and not list(data_copy.rglob(".extract*"))
+
+
+def test_two_processes_may_start_at_once(data_copy):
+    code = ("import helpers\n"
+            f"print(helpers.load_dataset('FashionMNIST', data_dir={str(data_copy)!r}).data.sum().item())")
+    both = [run_python(code) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].strip() for process in both]
+    assert outputs == [str(helpers.load_dataset("FashionMNIST").data.sum().item())] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no read-only folders")
+def test_a_read_only_folder_is_no_obstacle():
+    with tempfile.TemporaryDirectory() as folder:
+        raw = pathlib.Path(folder, "MNIST/raw")
+        shutil.copytree(helpers.HERE / "data/MNIST/raw", raw, ignore=shutil.ignore_patterns("*ubyte", ".*"))
+        for place in (pathlib.Path(folder), raw.parent, raw):
+            place.chmod(0o555)
+        code = ("import os, helpers; helpers.load_dataset()  # all modules are loaded now\n"
+                "if os.geteuid() == 0: os.setuid(65534)  # root may write anywhere: be nobody\n"
+                f"print(len(helpers.load_dataset(data_dir={folder!r})))")
+        output, _ = run_python(code).communicate(timeout=120)
+        assert output.strip() == "60000" and not list(raw.glob("*ubyte"))
+        for place in (pathlib.Path(folder), raw.parent, raw):
+            place.chmod(0o755)
+
+
+def test_ranks_share_the_images_and_join_their_counts(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text("""
+import torch, helpers
+from torch import distributed
+distributed.init_process_group("gloo")
+train_iter, test_iter = helpers.load_data(image_size=28, train_images=600, test_images=201, device=torch.device("cpu"))
+torch.manual_seed(0)
+result = helpers.evaluate(helpers.LeNet(), test_iter)
+shares = [None, None]
+distributed.all_gather_object(shares, list(train_iter.sampler))
+if distributed.get_rank() == 0:
+    print("SHARES", sorted(sum(shares, [])) == list(range(600)), int(result.confusion.sum()), f"{result.loss:.5f}")
+distributed.destroy_process_group()
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
+                          capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torch.manual_seed(0)
+    alone = evaluate(LeNet(), load_data(image_size=28, test_images=201, device=CPU)[1])
+    assert f"SHARES True 201 {alone.loss:.5f}" in done.stdout, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ networks
+@settings(deadline=None, max_examples=20)
+@given(size=st.integers(67, 512), all_relus=st.booleans())
+def test_alexnet_gives_ten_scores_for_every_usable_size(size, all_relus):
+    with torch.device("meta"):  # shapes without arithmetic
+        net, x = AlexNet(size, all_relus=all_relus), torch.empty(2, 1, size, size)
+        for name, layer in net.named_children():
+            before, x = x, layer(x)
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+                window = layer.kernel_size, layer.stride, layer.padding
+                k, s, p = (size[0] if isinstance(size, tuple) else size for size in window)
+                assert x.shape[-1] == (before.shape[-1] + 2 * p - k) // s + 1 >= 1, name
+    assert x.shape == (2, 10)
+
+
+def test_both_forms_of_alexnet():
+    with torch.device("meta"):
+        article, original = AlexNet(), AlexNet(all_relus=True, dropout=0.5)
+    assert sum(w.numel() for w in article.parameters()) == sum(w.numel() for w in original.parameters()) == 58_299_082
+    extra = {name for name, _ in original.named_children()} - {name for name, _ in article.named_children()}
+    assert extra == {"relu3", "relu4", "dropout1", "dropout2"}
+    shapes, x = {}, torch.empty(1, 1, 244, 244, device="meta")
+    for name, layer in article.named_children():
+        shapes[name] = tuple((x := layer(x)).shape[1:])
+    assert (shapes["conv1"], shapes["pool1"], shapes["pool2"]) == ((96, 59, 59), (96, 29, 29), (256, 14, 14))
+    assert (shapes["conv4"], shapes["pool3"], shapes["fc3"]) == ((384, 14, 14), (256, 6, 6), (10,))
+
+
+def test_lenet():
+    assert LeNet()(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+    assert sum(w.numel() for w in LeNet().parameters()) == 61_706
+
+
+@pytest.mark.parametrize("scheme", ["normal", "kaiming", "default", "krizhevsky"])
+def test_init_statistics(scheme):
+    torch.manual_seed(0)
+    net = AlexNet(67)
+    biases = {name: layer.bias.clone() for name, layer in net.named_children() if hasattr(layer, "bias")}
+    init_weights(net, scheme)
+    for name, old in biases.items():
+        layer = net.get_submodule(name)
+        fan_in = layer.weight[0].numel()
+        std = {"normal": 1, "kaiming": (2 / fan_in) ** 0.5, "default": (1 / 3 / fan_in) ** 0.5,
+               "krizhevsky": 0.01}[scheme]
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert abs(layer.weight.mean().item()) < 0.05 * std
+        if scheme == "krizhevsky":
+            assert layer.bias.unique().tolist() == [float(name in ("conv2", "conv4", "conv5", "fc1", "fc2"))]
+        else:
+            assert torch.equal(layer.bias, old) == (scheme != "default")
+
+
+# ------------------------------------------------------------------------------------- evaluation, training
+class Fixed(nn.Module):
+    """Gives these scores whatever the images are."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.unused = logits, nn.Parameter(torch.zeros(1))
+
+    def forward(self, X):
+        return self.logits[: len(X)] + 0 * self.unused
+
+
+def test_evaluation_equals_a_hand_count():
+    logits = torch.tensor([[2.0, 0, 0], [0, 3.0, 0], [0, 0, 1.0], [4.0, 0, 0], [0, 1.0, 0]])
+    result = evaluate(Fixed(logits), [(torch.zeros(5, 1, 2, 2), torch.tensor([0, 1, 1, 2, 1])),
+                                      (torch.zeros(1, 1, 2, 2), torch.tensor([0]))])
+    assert result.confusion.tolist() == [[2, 0, 0], [0, 2, 1], [1, 0, 0]]
+    assert result.accuracy == pytest.approx(4 / 6)
+    expected = [math.log(sum(map(math.exp, row))) - row[label] for row, label in zip(
+        [*logits.tolist(), logits[0].tolist()], [0, 1, 1, 2, 1, 0], strict=True)]
+    assert result.losses.tolist() == pytest.approx(expected) and result.loss == pytest.approx(sum(expected) / 6)
+    assert result.predictions.tolist() == [0, 1, 2, 0, 1, 0]
+
+
+def test_a_dead_network_scores_the_share_of_class_0():
+    _, test_iter = load_data(image_size=28)
+    result = evaluate(Fixed(torch.full((100, 10), math.nan)), test_iter)
+    assert result.accuracy == pytest.approx(980 / 10_000) and math.isnan(result.loss)
+
+
+def test_training_learns_and_tests_on_the_test_set():
+    train_iter, test_iter = load_data(image_size=28)
+    torch.manual_seed(0)
+    net = init_weights(LeNet(), "normal")
+    history = train(net, train_iter, test_iter, 0.5, 0.1, log_every=120, progress=False)
+    assert [row.step for row in history.rows] == [120, 240, 300] and len(history.loss) == 300
+    assert history.rows[1].train_loss == pytest.approx(sum(history.loss[120:240]) / 120)
+    assert history.rows[2].train_accuracy == pytest.approx(sum(history.accuracy[240:]) / 60)
+    assert history.rows[-1].test_accuracy == evaluate(net, test_iter).accuracy > 0.6
+    wrong = [(X, (y + 1) % 10) for X, y in digits()[1]]
+    assert train(net, train_iter, wrong, 1 / 600, 0.1, progress=False).rows[0].test_accuracy < 0.3
+
+
+def test_any_optimizer_and_schedule():
+    seen = []
+
+    def schedule(optimizer):
+        seen.append(optimizer)
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, total_iters=10)
+
+    net = init_weights(LeNet(), "normal")
+    history = train(net, digits()[0], None, 10, 0.01, optimizer=torch.optim.Adam, scheduler=schedule, progress=False)
+    assert isinstance(seen[0], torch.optim.Adam) and seen[0].param_groups[0]["lr"] == pytest.approx(0.01)
+    assert sum(history.loss[-10:]) < sum(history.loss[:10])
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_diverging_run(stop):
+    torch.manual_seed(0)
+    net = init_weights(AlexNet(67), "normal")
+    data = load_data(image_size=67, batch_size=5, train_images=25)[0]
+    history = train(net, data, None, 1, 0.1, log_every=1, progress=False, stop_at_nonfinite=stop)
+    assert history.diverged_at == 2 and not math.isfinite(history.loss[1])
+    assert len(history.loss) == (2 if stop else 5) and len(history.rows) == (1 if stop else 5)
+    assert all(w.isfinite().all() for w in net.parameters()) == stop
+
+
+def test_same_seed_same_curve():
+    def curve():
+        torch.manual_seed(1)
+        return train(LeNet(), digits(seed=1)[0], None, 1, 0.5, progress=False).loss
+
+    assert curve() == curve()
+
+
+@given(st.lists(st.floats()), st.one_of(st.none(), st.integers(1)))
+def test_history_survives_json(loss, diverged_at):
+    history = History(loss=loss, accuracy=[0.5] * len(loss), diverged_at=diverged_at,
+                      rows=[{"step": 1, "train_loss": v, "train_accuracy": 0, "test_accuracy": None} for v in loss])
+    text = history.model_dump_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert repr(History.model_validate_json(text)) == repr(history)
+
+
+TRAINING = """
+import sys, torch, helpers
+train_iter, test_iter = helpers.load_data(image_size=67, batch_size=10, train_images=120, test_images=20)
+torch.manual_seed(0)
+net = helpers.init_weights(helpers.AlexNet(67, dropout=0.5), "kaiming").to(helpers.find_device())
+def momentum(parameters, lr): return torch.optim.SGD(parameters, lr, momentum=0.9)
+def schedule(optimizer): return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
+history = helpers.train(net, train_iter, test_iter, 2, 1e-4, optimizer=momentum, scheduler=schedule, log_every=5,
+                        checkpoint=sys.argv[1], checkpoint_every=3, progress=False)
+torch.save({"history": history.model_dump_json(), "net": net.state_dict()}, sys.argv[2])
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_history_and_weights(tmp_path):
+    def start(name):
+        files = tmp_path / f"{name}.checkpoint", tmp_path / f"{name}.result"
+        return subprocess.Popen([sys.executable, "-c", TRAINING, *files])
+
+    assert start("whole").wait(timeout=300) == 0
+    killed = 0
+    for patience in (0.1, 0.6):  # seconds after a checkpoint appears: in the midst of a step, or of a save
+        process, checkpoint = start("killed"), tmp_path / "killed.checkpoint"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == before:
+            time.sleep(0.01)
+        time.sleep(patience)
+        process.kill()
+        killed += process.wait() == (-signal.SIGKILL if os.name != "nt" else 1)
+    assert killed == 2, "the runs were over before they could be killed"
+    assert start("killed").wait(timeout=300) == 0
+    whole, resumed = (torch.load(tmp_path / f"{name}.result", weights_only=True) for name in ("whole", "killed"))
+    assert whole["history"] == resumed["history"] and len(History.model_validate_json(whole["history"]).loss) == 24
+    assert all(torch.equal(whole["net"][name], resumed["net"][name]) for name in whole["net"])
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_kept(tmp_path):
+    path = tmp_path / "checkpoint"
+    train(LeNet(), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="of another run"):
+        train(LeNet(), digits()[0], None, 1, 0.2, checkpoint=path, progress=False)
+    damage(path, "truncated")
+    kept = path.read_bytes()
+    with pytest.raises(ValueError, match="wrote whole; delete it"):
+        train(LeNet(), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
+    assert path.read_bytes() == kept
+
+
+# ----------------------------------------------------------------------------------------------- diagnosis
+class Plant(nn.Module):
+    """Passes its input on, except in the given pass, when `bad` is what it says (forward) or backpropagates."""
+
+    def __init__(self, bad, forward_at=0, backward_at=0):
+        super().__init__()
+        self.bad, self.forward_at, self.backward_at, self.calls = bad, forward_at, backward_at, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.forward_at:
+            x = torch.where(torch.arange(x.numel()).view_as(x) == 3, self.bad, x)
+        if self.calls == self.backward_at:
+            x = x + 0
+            x.register_hook(lambda gradient: gradient * self.bad)
+        return x
+
+
+def small(plant=None):
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), first=nn.Linear(784, 30), relu=nn.ReLU(),
+                                     plant=plant or nn.Identity(), last=nn.Linear(30, 10)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_planted_in_the_forward_phase(bad):
+    birth = first_nonfinite(small(Plant(bad, forward_at=3)), digits()[0], 0.1)
+    assert (birth.step, birth.phase, birth.layer, birth.tensor) == (3, "forward", "plant", "output")
+    assert birth.value == str(abs(bad)) and len(birth.largest) == 10
+    assert birth.trail[-1][:4] == (3, "forward", "relu", "output")
+
+
+def test_a_value_planted_in_the_loss():
+    net = small()
+    with torch.no_grad():  # scores of ±3e38 are finite, the distance between two of them is not
+        net.last.weight.zero_()
+        net.last.bias.copy_(torch.tensor([3e38, -3e38] * 5))
+    birth = first_nonfinite(net, digits()[0], 0.1)
+    assert (birth.step, birth.phase, birth.layer, birth.value) == (1, "loss", "", "inf")
+    assert birth.largest[0][0] == pytest.approx(3e38) and birth.largest[0][1].startswith("logits[")
+
+
+def test_a_value_planted_in_the_backward_phase():
+    birth = first_nonfinite(small(Plant(math.nan, backward_at=2)), digits()[0], 0.1)
+    assert (birth.step, birth.phase, birth.layer, birth.value) == (2, "backward", "plant", "nan")
+
+
+def test_a_value_planted_in_the_update():
+    X, y = next(iter(digits()[0]))
+    birth = first_nonfinite(small(), [(X * 1e4, y)], 1e38)
+    assert (birth.step, birth.phase, birth.layer, birth.tensor, birth.value) == (1, "update", "first", "weight", "inf")
+    assert all(name.startswith("gradient of weight[") for _, name in birth.largest)
+
+
+def test_a_bad_image_is_named_as_such():
+    X, y = next(iter(digits()[0]))
+    X[0, 0, 0, 0] = math.nan
+    birth = first_nonfinite(small(), [(X, y)], 0.1)
+    assert (birth.step, birth.phase, birth.layer, birth.tensor) == (1, "forward", "input", "X")
+
+
+def test_largest_values_are_those_of_the_operands():
+    net = small(Plant(math.nan, forward_at=1))
+    X, y = next(iter(digits()[0]))
+    birth = first_nonfinite(net, [(X, y)], 0.1)
+    expected = net.relu(net.first(net.flatten(X))).flatten().topk(10).values.tolist()
+    assert [magnitude for magnitude, _ in birth.largest] == pytest.approx(expected)
+
+
+def test_a_healthy_run_is_left_alone_and_trained():
+    diagnosed, trained = small(), small()
+    train_iter, _ = digits()
+    train_iter.set_epoch(0)
+    assert first_nonfinite(diagnosed, train_iter, 0.1, max_steps=12) is None
+    train(trained, train_iter, None, 1, 0.1, progress=False)
+    assert all(torch.allclose(a, b) for a, b in zip(diagnosed.parameters(), trained.parameters(), strict=True))
+    assert not any(layer._forward_hooks or layer._backward_hooks for layer in diagnosed.modules())
+
+
+# ------------------------------------------------------------------------------------------- results, machine
+def test_results_are_whole_json_or_nothing(tmp_path):
+    path = tmp_path / "run.json"
+    helpers.save_results(path, {"loss": [1.0, math.nan, math.inf], "history": History(loss=[math.nan])})
+    results = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert results["loss"] == [1.0, "NaN", "Infinity"] and results["history"]["loss"] == ["NaN"]
+    assert results["environment"]["torch"] == torch.__version__ and results["environment"]["commit"]
+    before = path.read_text()
+    with pytest.raises(Exception, match="serialize"):
+        helpers.save_results(path, {"net": object()})
+    assert path.read_text() == before and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_precision_is_bfloat16_only_where_the_hardware_has_it():
+    assert helpers.find_precision(CPU, "bfloat16") == torch.bfloat16
+    assert helpers.find_precision(CPU, "float32") == torch.float32
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    assert (helpers.find_precision(CPU) == torch.bfloat16) == native
+    with pytest.raises(ValueError, match="precision"):
+        helpers.find_precision(CPU, "half")
+
+
+def test_bfloat16_training_is_close_to_float32():
+    def losses(precision):
+        torch.manual_seed(0)
+        batches = list(itertools.islice(digits()[0], 6))
+        return train(init_weights(LeNet(), "normal"), batches, None, 1, 0.1, precision=precision, progress=False).loss
+
+    assert losses("bfloat16") == pytest.approx(losses("float32"), rel=0.1)

@@ -1,0 +1,184 @@
+"""The notebooks as documents, and as programs that papermill runs with other parameters.
+
+nbval, by the settings in pyproject.toml, runs their cells with the defaults; here are the things it can't see.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from helpers import HERE
+
+FOLDER = HERE / "notebooks"
+CHAPTERS = sorted(FOLDER.glob("*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+
+
+def name_of(path):
+    return path.stem
+
+
+# ----------------------------------------------------------------------------------------------- as documents
+@pytest.fixture(params=CHAPTERS + SOLUTIONS, ids=name_of)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+@pytest.fixture(params=CHAPTERS, ids=name_of)
+def chapter(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_every_chapter_has_its_solutions():
+    assert [path.stem[:2] for path in CHAPTERS] == [path.stem[:2] for path in SOLUTIONS]
+
+
+def test_saved_from_one_clean_run(notebook):
+    nbformat.validate(notebook)
+    cells = code(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs, "stripped outputs would turn nbval into nothing"
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    text = nbformat.writes(notebook)
+    assert len(text) < 1_500_000
+    assert not re.search(r"/home/|/root/|/Users/|/tmp/|/work/|site-packages|[A-Z]:\\\\", text), "a machine's path"
+
+
+def test_figures_are_small_and_have_a_text(notebook):
+    for cell in code(notebook):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                assert len(output.data["image/png"]) * 3 / 4 < 100_000, cell.source
+                live = "train(" in cell.source  # the trainer's figure, whose numbers stand beneath it
+                assert live or len(output.metadata["image/png"]["alt"]) > 30, cell.source
+
+
+def test_cells_are_short_enough_to_read(notebook):
+    for cell in code(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 26 and max(map(len, lines)) <= 112, cell.source
+
+
+def test_anatomy(chapter):
+    first = chapter.cells[0].source
+    assert first.startswith("# ") and all(f"**{word}" in first for word in ("You will", "You need", "Run time"))
+    parameters = chapter.cells[1]
+    assert parameters.metadata.tags == ["parameters"]
+    for line in parameters.source.splitlines():
+        assert re.fullmatch(r"\w+: (str|int|float|bool) = .+  # .+", line), line
+    assert "check_parameters" in chapter.cells[2].source
+    headings = re.findall(r"^## (.+)$", "\n".join(c.source for c in chapter.cells if c.cell_type == "markdown"), re.M)
+    assert headings[-3:] == ["Check yourself", "Exercises", "Summary"]
+    assert "save_results(p.results_path" in chapter.cells[-1].source
+    assert "results_path: str" in parameters.source
+
+
+@pytest.mark.parametrize("number", range(len(CHAPTERS)))
+def test_links_to_the_neighbours_and_all_others(number):
+    text = "\n".join(c.source for c in nbformat.read(CHAPTERS[number], 4).cells if c.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    for link in links:
+        assert link.startswith("http") or (FOLDER / link).exists(), link
+    neighbours = {CHAPTERS[i].name for i in (number - 1, number + 1) if 0 <= i < len(CHAPTERS)}
+    assert neighbours <= set(links) and "../README.md" in links
+    assert f"solutions/{SOLUTIONS[number].name}" in links
+
+
+# ------------------------------------------------------------------------------------------------ as programs
+def papermill(notebook, folder, cwd=HERE, **parameters):
+    """Start one papermill run, with results.json in folder."""
+    if "results_path" not in parameters:
+        parameters["results_path"] = str(folder / "results.json")
+    options = [word for item in parameters.items() for word in ("-p", item[0], str(item[1]))]
+    path = os.path.relpath(FOLDER / f"{notebook}.ipynb", cwd)
+    return subprocess.Popen([sys.executable, "-m", "papermill", path, str(folder / "out.ipynb"), *options], cwd=cwd,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def results_of(process, folder):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return json.loads((folder / "results.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+
+
+SMALL = {"image_size": 67, "batch_size": 20}
+
+
+def test_03_dies_by_default_and_lives_at_the_small_rate(tmp_path):
+    results = results_of(papermill("03_failing_lr", tmp_path, max_steps=6, **SMALL), tmp_path)
+    assert results["parameters"]["lr"] == 0.1 and results["nan"]["A"] and results["nan"]["B"]
+    assert results["nan"]["LeNet"] is None and results["histories"]["A"]["loss"][-1] == "NaN"
+    assert results["births"]["A"]["phase"] == "forward"
+    lives = results_of(papermill("03_failing_lr", tmp_path, max_steps=6, lr="1e-3", init="kaiming", **SMALL), tmp_path)
+    assert lives["nan"] == {"LeNet": None, "A": None, "B": None} and lives["births"] == {"A": None, "B": None}
+    assert len(lives["histories"]["B"]["loss"]) == 6
+
+
+def test_04_lives_by_default_and_its_results_are_true(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    process = papermill("04_fixed_lr", tmp_path, cwd=elsewhere, num_epochs=0.02, test_images=300, **SMALL)
+    results = results_of(process, tmp_path)
+    assert results["parameters"]["lr"] == 0.001 and results["nan"] is False
+    history = results["history"]
+    assert len(history["loss"]) == 60 and all(map(math.isfinite, history["loss"]))
+    assert sum(history["loss"][-10:]) < sum(history["loss"][:10])
+    confusion = results["confusion"]
+    assert sum(map(sum, confusion)) == results["test_images"] == 300
+    assert results["test_accuracy"] == pytest.approx(sum(confusion[i][i] for i in range(10)) / 300)
+    assert history["rows"][-1]["test_accuracy"] == pytest.approx(results["test_accuracy"])
+
+
+@pytest.mark.parametrize(("notebook", "parameters"), [
+    ("02_data_iterator", {}), ("03_failing_lr", {"max_steps": 3}),
+    ("04_fixed_lr", {"num_epochs": 0.004, "test_images": 100})])
+def test_fashion_mnist(notebook, parameters, tmp_path):
+    process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL, **parameters)
+    assert results_of(process, tmp_path)["parameters"]["dataset"] == "FashionMNIST"
+
+
+def test_04_takes_up_a_run_from_its_checkpoint(tmp_path):
+    options = {"checkpoint": tmp_path / "run.checkpoint", "test_images": 50, "log_every": 4, **SMALL}
+    whole = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=0.004, **options | {"checkpoint": ""}), tmp_path)
+    for num_epochs in (0.002, 0.004):
+        resumed = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=num_epochs, **options), tmp_path)
+    assert resumed["history"]["loss"] == whole["history"]["loss"] and len(whole["history"]["loss"]) == 12
+
+
+BAD = {"lr": ("abc", "-1"), "batch_size": ("0",), "dataset": ("CIFAR",), "image_size": ("20",), "init": ("foo",),
+       "results_path": (os.path.join("no", "such", "folder", "x.json"),)}
+
+
+def test_bad_parameters_end_with_one_line_that_names_them(tmp_path):
+    runs = {}
+    for i, (name, value) in enumerate((name, value) for name, values in BAD.items() for value in values):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        runs[name, value] = papermill("04_fixed_lr", folder, **{name: value})
+    for (name, value), process in runs.items():
+        output, _ = process.communicate(timeout=600)
+        last = output.strip().splitlines()[-1]
+        assert process.returncode != 0
+        shown = re.escape(repr(value)[1:-1])  # a number comes without quotes
+        assert re.search(rf"ValueError.*{name} = '?{shown}'? is not allowed; {name} is .+", last), output
+    assert not list(tmp_path.rglob("results.json"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def test_help_lists_every_parameter_with_type_and_help(path):
+    done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", path], capture_output=True, text=True)
+    assert done.returncode == 0
+    for line in nbformat.read(path, 4).cells[1].source.splitlines():
+        name, kind, help_text = re.fullmatch(r"(\w+): (\w+) = .+?  # (.+)", line).groups()
+        assert re.search(rf"{name}: {kind} \(default .*\)\s+{re.escape(help_text)}", done.stdout), done.stdout

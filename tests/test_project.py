@@ -1,0 +1,126 @@
+"""What stands in two places, or is promised in the README, must agree."""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torchvision
+import yaml
+from packaging.requirements import Requirement
+
+from helpers import HERE, History
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+# Used without an import: run by name, or as a pytest or Jupyter plugin.
+BY_NAME = {"jupyterlab": "jupyter lab", "papermill": "papermill ", "ipykernel": "python3", "nbval": "--nbval",
+           "ruff": "ruff"}
+IMPORT_NAMES = {"PyYAML": "yaml"}
+
+
+def requirements():
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\S+\s+# .+", line) for line in lines), "one package a line, with its reason"
+    names = [line.split("#")[0].strip() for line in lines]
+    assert names.pop() == "-e ."
+    return [Requirement(name) for name in names]
+
+
+def imported():
+    sources = [path.read_text(encoding="utf-8") for path in [HERE / "helpers.py", *(HERE / "tests").rglob("*.py")]]
+    for path in (HERE / "notebooks").rglob("*.ipynb"):
+        sources += [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    modules = set()
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    return modules - set(sys.stdlib_module_names) - {"helpers"}
+
+
+def test_everything_imported_is_listed_and_everything_listed_is_used():
+    listed = {IMPORT_NAMES.get(r.name, r.name) for r in requirements()}
+    # these come with one that is listed: IPython with ipykernel, pydantic_core with pydantic, packaging with pytest
+    brought_along = {"IPython", "pydantic_core", "packaging"}
+    assert imported() - listed <= brought_along
+    assert listed - imported() <= set(BY_NAME)
+    everything = "\n".join([README, (HERE / "pyproject.toml").read_text(), (HERE / "tests/test_project.py").read_text(),
+                            (HERE / "notebooks/01_architecture.ipynb").read_text(encoding="utf-8")])
+    assert all(use in everything for use in BY_NAME.values())
+
+
+def test_what_is_installed_is_within_the_ranges_and_all_are_ranges():
+    for requirement in requirements():
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), requirement
+        assert {spec.operator for spec in requirement.specifier} == {">=", "<"}, requirement
+
+
+def test_environment_yml_delegates_to_requirements_txt():
+    dependencies = yaml.safe_load((HERE / "environment.yml").read_text())["dependencies"]
+    assert dependencies[-1] == {"pip": ["-r requirements.txt"]}
+    python = next(d for d in dependencies if str(d).startswith("python"))
+    assert python.removeprefix("python") in (HERE / "pyproject.toml").read_text()
+
+
+def commands(heading):
+    """The lines of the first shell block beneath this heading of the README."""
+    block = README.split(f"\n## {heading}\n")[1].split("```bash\n")[1].split("```")[0]
+    return block.strip().splitlines()
+
+
+def test_ci_and_the_workflow_run_the_readmes_test_command():
+    command, = commands("Prove that it works")
+    assert command.endswith("pytest")
+    assert command in (HERE / ".ci/run").read_text().splitlines()
+    workflow = yaml.safe_load((HERE / ".github/workflows/test.yml").read_text())
+    steps = [step["run"].strip() for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert command in steps
+    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
+    assert {system.split("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    assert matrix["python"] == ["3.10", "3.13"]
+
+
+def test_the_reading_and_the_test_command_share_their_set_up():
+    reading, = commands("Read and run it")
+    proof, = commands("Prove that it works")
+    assert reading.rpartition(" && ")[0] == proof.rpartition(" && ")[0]
+
+
+def test_readme_lists_every_notebook_with_its_title():
+    for path in sorted((HERE / "notebooks").glob("*.ipynb")):
+        title = nbformat.read(path, 4).cells[0].source.splitlines()[0].removeprefix("# ")
+        assert f"[{title}](notebooks/{path.name})" in README
+
+
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST"])
+def test_data_readme_has_the_checksums_of_the_files(dataset):
+    text = (HERE / "data/README.md").read_text()
+    files = sorted((HERE / "data" / dataset / "raw").glob("*.gz"))
+    assert len(files) == 4
+    for path in files:
+        md5, sha = (hashlib.new(kind, path.read_bytes()).hexdigest() for kind in ("md5", "sha256"))
+        assert f"| `{dataset}/raw/{path.name}` | `{md5}` | `{sha}` |" in text
+        assert (path.name, md5) in getattr(torchvision.datasets, dataset).resources
+
+
+def test_recorded_runs_are_whole():
+    records = sorted((HERE / "results").glob("*.json"))
+    assert records
+    described = (HERE / "results/README.md").read_text()
+    for path in records:
+        record = json.loads(path.read_text())
+        history = History.model_validate(record["history"])
+        assert history.rows[-1].step == len(history.loss)
+        assert {"device", "precision", "threads", "torch", "commit"} <= set(record["environment"])
+        assert path.name in described and "papermill notebooks/" in described
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", HERE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
