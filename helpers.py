@@ -506,6 +506,7 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                         {"net": net, "optimizer": optimizer, "scheduler": scheduler})
     history, figure = saved.load(), _LiveFigure(live, run)
     step, total = len(history.loss), max(1, round(p.num_epochs * len(train_iter)))
+    figure.update(history)  # above the bar
 
     with tqdm(total=total, initial=step, unit="step", file=sys.stdout, disable=not progress, mininterval=2,
               ncols=100) as bar:
