@@ -25,9 +25,9 @@ IMPORT_NAMES = {"PyYAML": "yaml"}
 
 def requirements():
     lines = (HERE / "requirements.txt").read_text().splitlines()
+    assert lines.pop().startswith("-e .  ")
     assert all(re.fullmatch(r"\S+\s+# .+", line) for line in lines), "one package a line, with its reason"
     names = [line.split("#")[0].strip() for line in lines]
-    assert names.pop() == "-e ."
     return [Requirement(name) for name in names]
 
 
