@@ -145,17 +145,21 @@ def find_precision(device, precision="auto"):
 def environment():
     """What a figure depends on, as a dict: device, precision, threads, system, versions, commit of this project."""
     device = find_device()
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        commit = "unknown"
+    processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.processor()
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({processor})",
         "precision": str(find_precision(device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "commit": (git.stdout.strip() if "git" in locals() else "") or "unknown",
+        "commit": commit,
     }
 
 
