@@ -397,7 +397,7 @@ class History(BaseModel):
         tested = [row for row in self.rows if row.test_accuracy is not None]
         if tested:
             axes[1].plot([row.step for row in tested], [row.test_accuracy for row in tested], linestyle="none",
-                         color="black", marker=style["marker"] or "D", label="test set")
+                         color="black", marker=STYLE[run]["marker"], label="test set")
         axes[1].set(xlabel="step", ylabel="accuracy (share)", ylim=(-0.02, 1.02))
         return axes
 
