@@ -79,7 +79,7 @@ def _writable(path):
 
 
 class Parameters(BaseModel):
-    """Every parameter of the notebooks and functions below, with what is allowed; strings are coerced."""
+    """Every parameter of the notebooks, with what is allowed; strings are coerced."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -130,7 +130,7 @@ def find_device():
 def find_precision(device, precision="auto"):
     """The dtype to multiply in: for "auto" bfloat16 where the hardware does so natively, else float32.
 
-    A processor without bfloat16 instructions emulates them, some hundred times slower than float32.
+    A processor without bfloat16 instructions emulates them, and is much slower than with float32.
     """
     if precision != "auto":
         return getattr(torch, check_parameters(precision=precision).precision)
@@ -209,11 +209,12 @@ def load_dataset(dataset="MNIST", train=True, transform=None, data_dir=HERE / "d
 
 
 class ImageIterator:
-    """Yields (X, y): X float32 (batch, 1, image_size, image_size) in [0, 1], y int64 (batch,), both on `device`.
+    """Yields (X, y): X float32 (batch, 1, image_size, image_size), y int64 (batch,), both on `device`.
 
-    Holds the images as bytes, 28×28, and enlarges a whole batch at once. Each pass is one epoch: every image
-    once, in an order that depends on the seed and the epoch's number alone. With torch.distributed running,
-    each rank gets its own share.
+    Holds the images as bytes, 28×28, and enlarges a whole batch at once; pixels lie in [0, 1] unless normalised.
+    Each pass is one epoch: every image once, in an order that depends on the seed and the epoch's number alone.
+    With torch.distributed running, each rank gets its own share (of training images equally many: a few come
+    twice where the ranks don't divide their number).
     """
 
     def __init__(self, images, labels, batch_size, image_size, shuffle, seed, normalize, device):
@@ -360,7 +361,9 @@ def init_weights(net, scheme):
 
 # ------------------------------------------------------------------------------------------------ training
 class Row(BaseModel):
-    """One logged line: means over the steps since the line before; accuracies are shares from 0 to 1."""
+    """One logged line: means over up to `log_every` steps before it; accuracies are shares from 0 to 1."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # not handed down from History
 
     step: int
     train_loss: float
@@ -486,12 +489,12 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     num_epochs              may be a fraction: 0.5 is half of the batches
     optimizer, scheduler    called as optimizer(net.parameters(), lr=lr) and scheduler(optimizer); the schedule
                             moves at each step
-    log_every               steps a logged line; the last step always has one
+    log_every               steps a logged line; a run that comes to its end has one for its last step
     stop_at_nonfinite       end at the first loss that is inf or NaN (else go on, as the article did); the weights
                             are then those that gave this loss
     precision               "auto" (`find_precision`), "float32" or "bfloat16" (autocast)
-    checkpoint              file to resume from if it exists, written anew every `checkpoint_every` steps and at
-                            the end; a resumed run equals an uninterrupted one bit for bit on the same machine,
+    checkpoint              file to resume from if it exists, written anew every `checkpoint_every` steps and after
+                            the last; a resumed run equals an uninterrupted one bit for bit on the same machine,
                             if train_iter has `set_epoch` as `load_data`'s has
     progress, live, run     progress bar; live figure in a notebook; its entry in STYLE
 
@@ -620,19 +623,24 @@ class _Born(Exception):
     """Carries the `NonFinite` out of the hooks."""
 
 
-def first_nonfinite(net, train_iter, lr, *, max_steps=100, optimizer=torch.optim.SGD, precision="auto"):
+def first_nonfinite(net, train_iter, lr, *, max_steps=100, optimizer=torch.optim.SGD, loss_fn=F.cross_entropy,
+                    precision="auto"):
     """Train net in place until the first inf or NaN is born; returns its `NonFinite`, or None after max_steps.
 
     Looks at every layer's output (forward), the loss, each layer's gradients in the order in which they are
     computed (backward), and the weights after the optimizer's step (update). A layer is a module without
-    children. In backward, a bad gradient belongs to the layer that computed it. An input that is not finite
-    is reported as phase "forward", layer "input". Raises ValueError for a bad lr, max_steps or precision.
+    children that takes and gives one tensor. In backward, a bad gradient belongs to the layer that computed it.
+    An input that is not finite is reported as phase "forward", layer "input". train_iter yields (X, y), X of
+    floats; the loss is loss_fn(net(X), y). Raises ValueError for a bad lr, max_steps or precision.
     """
     p = check_parameters(lr=lr, max_steps=max_steps, precision=precision)
     device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last).train()
     optimizer = optimizer(net.parameters(), lr=p.lr)
     layers = {name: layer for name, layer in net.named_modules() if not list(layer.children())}
+    in_place = [layer for layer in layers.values() if getattr(layer, "inplace", False)]
+    for layer in in_place:  # torch allows no backward hook on what overwrites its input
+        layer.inplace = False
     inputs, trail, step = {}, [], 0
 
     def look(phase, layer, tensor, value, operands):
@@ -669,7 +677,7 @@ def first_nonfinite(net, train_iter, lr, *, max_steps=100, optimizer=torch.optim
             X.requires_grad_()  # else torch has no gradient to hand to the first layer's hook, and warns
             with _autocast(device, p.precision):
                 logits = net(X).float()
-                loss = F.cross_entropy(logits, y)
+                loss = loss_fn(logits, y)
             look("loss", "", "loss", loss, {"logits": logits})
             optimizer.zero_grad()
             loss.backward()
@@ -682,6 +690,8 @@ def first_nonfinite(net, train_iter, lr, *, max_steps=100, optimizer=torch.optim
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in in_place:
+            layer.inplace = True
     return None
 
 

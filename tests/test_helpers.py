@@ -16,6 +16,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -479,6 +480,15 @@ def test_largest_values_are_those_of_the_operands():
     birth = first_nonfinite(net, [(X, y)], 0.1)
     expected = net.relu(net.first(net.flatten(X))).flatten().topk(10).values.tolist()
     assert [magnitude for magnitude, _ in birth.largest] == pytest.approx(expected)
+
+
+def test_another_network_and_another_loss():
+    torch.manual_seed(0)
+    net = torchvision.models.alexnet(num_classes=4)  # its ReLUs work in place
+    batch = torch.rand(2, 3, 63, 63), torch.rand(2, 4)
+    birth = first_nonfinite(net, [batch], 1e30, loss_fn=nn.functional.mse_loss, max_steps=5)
+    assert birth.step > 1 and birth.layer in dict(net.named_modules())
+    assert net.features[1].inplace
 
 
 def test_a_healthy_run_is_left_alone_and_trained():
