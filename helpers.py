@@ -396,6 +396,8 @@ class History(BaseModel):
         if self.diverged_at and self.diverged_at > 1:
             axes[0].plot(self.diverged_at - 1, finite[self.diverged_at - 2], "kx", ms=9, mew=2)
         axes[0].set(xlabel="step", ylabel="loss of the batch (nats)", yscale="log")
+        for axis in axes:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axes[1].plot(steps, self.accuracy, label=None if label is None else f"{label}, training batch", **style)
         tested = [row for row in self.rows if row.test_accuracy is not None]
         if tested:

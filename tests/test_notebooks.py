@@ -112,7 +112,7 @@ def results_of(process, folder):
     return json.loads((folder / "results.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
 
 
-SMALL = {"image_size": 67, "batch_size": 20}
+SMALL = {"image_size": 67, "batch_size": 50}
 
 
 def test_03_dies_by_default_and_lives_at_the_small_rate(tmp_path):
@@ -128,7 +128,7 @@ def test_03_dies_by_default_and_lives_at_the_small_rate(tmp_path):
 def test_04_lives_by_default_and_its_results_are_true(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    process = papermill("04_fixed_lr", tmp_path, cwd=elsewhere, num_epochs=0.02, test_images=300, **SMALL)
+    process = papermill("04_fixed_lr", tmp_path, cwd=elsewhere, num_epochs=0.05, test_images=300, **SMALL)
     results = results_of(process, tmp_path)
     assert results["parameters"]["lr"] == 0.001 and results["nan"] is False
     history = results["history"]
@@ -142,7 +142,7 @@ def test_04_lives_by_default_and_its_results_are_true(tmp_path):
 
 @pytest.mark.parametrize(("notebook", "parameters"), [
     ("02_data_iterator", {}), ("03_failing_lr", {"max_steps": 3}),
-    ("04_fixed_lr", {"num_epochs": 0.004, "test_images": 100})])
+    ("04_fixed_lr", {"num_epochs": 0.01, "test_images": 100})])
 def test_fashion_mnist(notebook, parameters, tmp_path):
     process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL, **parameters)
     assert results_of(process, tmp_path)["parameters"]["dataset"] == "FashionMNIST"
@@ -150,8 +150,8 @@ def test_fashion_mnist(notebook, parameters, tmp_path):
 
 def test_04_takes_up_a_run_from_its_checkpoint(tmp_path):
     options = {"checkpoint": tmp_path / "run.checkpoint", "test_images": 50, "log_every": 4, **SMALL}
-    whole = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=0.004, **options | {"checkpoint": ""}), tmp_path)
-    for num_epochs in (0.002, 0.004):
+    whole = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=0.01, **options | {"checkpoint": ""}), tmp_path)
+    for num_epochs in (0.005, 0.01):
         resumed = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=num_epochs, **options), tmp_path)
     assert resumed["history"]["loss"] == whole["history"]["loss"] and len(whole["history"]["loss"]) == 12
 
