@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
@@ -125,19 +126,25 @@ def test_03_dies_by_default_and_lives_at_the_small_rate(tmp_path):
     assert len(lives["histories"]["B"]["loss"]) == 6
 
 
-def test_04_lives_by_default_and_its_results_are_true(tmp_path):
+def test_04_lives_by_default_its_results_are_true_and_it_resumes(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    process = papermill("04_fixed_lr", tmp_path, cwd=elsewhere, num_epochs=0.05, test_images=300, **SMALL)
-    results = results_of(process, tmp_path)
+    options = {"test_images": 300, "log_every": 9, **SMALL}
+    results = results_of(papermill("04_fixed_lr", tmp_path, cwd=elsewhere, num_epochs=0.02, **options), tmp_path)
     assert results["parameters"]["lr"] == 0.001 and results["nan"] is False
     history = results["history"]
-    assert len(history["loss"]) == 60 and all(map(math.isfinite, history["loss"]))
-    assert sum(history["loss"][-10:]) < sum(history["loss"][:10])
+    assert len(history["loss"]) == 24 and all(map(math.isfinite, history["loss"]))
+    assert [row["step"] for row in history["rows"]] == [9, 18, 24]
+    assert sum(history["loss"][-6:]) < sum(history["loss"][:6])
     confusion = results["confusion"]
     assert sum(map(sum, confusion)) == results["test_images"] == 300
     assert results["test_accuracy"] == pytest.approx(sum(confusion[i][i] for i in range(10)) / 300)
     assert history["rows"][-1]["test_accuracy"] == pytest.approx(results["test_accuracy"])
+
+    options["checkpoint"] = tmp_path / "run.checkpoint"
+    for num_epochs in (0.015, 0.02):  # as far as step 18, and on from there
+        resumed = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=num_epochs, **options), tmp_path)
+    assert resumed["history"] == history and resumed["confusion"] == confusion
 
 
 @pytest.mark.parametrize(("notebook", "parameters"), [
@@ -148,30 +155,25 @@ def test_fashion_mnist(notebook, parameters, tmp_path):
     assert results_of(process, tmp_path)["parameters"]["dataset"] == "FashionMNIST"
 
 
-def test_04_takes_up_a_run_from_its_checkpoint(tmp_path):
-    options = {"checkpoint": tmp_path / "run.checkpoint", "test_images": 50, "log_every": 4, **SMALL}
-    whole = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=0.01, **options | {"checkpoint": ""}), tmp_path)
-    for num_epochs in (0.005, 0.01):
-        resumed = results_of(papermill("04_fixed_lr", tmp_path, num_epochs=num_epochs, **options), tmp_path)
-    assert resumed["history"]["loss"] == whole["history"]["loss"] and len(whole["history"]["loss"]) == 12
-
-
 BAD = {"lr": ("abc", "-1"), "batch_size": ("0",), "dataset": ("CIFAR",), "image_size": ("20",), "init": ("foo",),
        "results_path": (os.path.join("no", "such", "folder", "x.json"),)}
 
 
 def test_bad_parameters_end_with_one_line_that_names_them(tmp_path):
-    runs = {}
-    for i, (name, value) in enumerate((name, value) for name, values in BAD.items() for value in values):
-        folder = tmp_path / str(i)
+    def run(case):
+        name, value = case
+        folder = tmp_path / f"{name}{value}".replace(os.sep, "")
         folder.mkdir()
-        runs[name, value] = papermill("04_fixed_lr", folder, **{name: value})
-    for (name, value), process in runs.items():
-        output, _ = process.communicate(timeout=600)
-        last = output.strip().splitlines()[-1]
-        assert process.returncode != 0
-        shown = re.escape(repr(value)[1:-1])  # a number comes without quotes
-        assert re.search(rf"ValueError.*{name} = '?{shown}'? is not allowed; {name} is .+", last), output
+        process = papermill("04_fixed_lr", folder, **{name: value})
+        return *case, process.communicate(timeout=600)[0], process.returncode
+
+    cases = [(name, value) for name, values in BAD.items() for value in values]
+    with ThreadPoolExecutor(2) as two_at_a_time:
+        for name, value, output, code in two_at_a_time.map(run, cases):
+            assert code != 0
+            shown = re.escape(repr(value)[1:-1])  # a number comes without quotes
+            line = output.strip().splitlines()[-1]
+            assert re.search(rf"ValueError.*{name} = '?{shown}'? is not allowed; {name} is .+", line), output
     assert not list(tmp_path.rglob("results.json"))
 
 
