@@ -551,6 +551,7 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                 if step % checkpoint_every == 0 or step == total:
                     saved.save(history)
                 figure.update(history)
+    optimizer.zero_grad()  # the gradients take as much memory as the weights
     figure.update(history, seconds_between=0)
     return history
 
