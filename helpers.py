@@ -219,7 +219,7 @@ class ImageIterator:
 
     def __init__(self, images, labels, batch_size, image_size, shuffle, seed, normalize, device):
         self.images, self.labels = images.to(device), labels.to(device)  # (n, 28, 28) uint8, (n,) int64
-        self.batch_size, self.image_size, self.normalize = batch_size, image_size, normalize
+        self.batch_size, self.image_size, self.normalize, self.seed = batch_size, image_size, normalize, seed
         ranks = distributed.is_available() and distributed.is_initialized()
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if ranks else (0, 1)
         if shuffle:
@@ -229,6 +229,10 @@ class ImageIterator:
             self.sampler = range(self.rank, len(labels), self.ranks)
         self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
         self.set_epoch(0)
+
+    def __repr__(self):
+        return (f"ImageIterator({len(self.labels)} images, CRC of labels {zlib.crc32(self.labels.cpu().numpy()):08x}, "
+                f"{self.image_size} pixels, batches of {self.batch_size}, seed {self.seed})")
 
     def __len__(self):
         return len(self.batches)
@@ -500,7 +504,8 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                             if train_iter has `set_epoch` as `load_data`'s has
     progress, live, run     progress bar; live figure in a notebook; its entry in STYLE
 
-    Raises ValueError (a parameter; a checkpoint that is damaged or of another run).
+    Raises ValueError (a parameter; a checkpoint that is damaged, or of a run that differs in network, optimizer,
+    schedule, lr, or the images, batches and seed of train_iter).
     """
     p = check_parameters(lr=lr, num_epochs=num_epochs, precision=precision, checkpoint=str(checkpoint or ""))
     if log_every < 1:
@@ -511,7 +516,8 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     net.to(memory_format=torch.channels_last).train()
     optimizer = optimizer(net.parameters(), lr=p.lr)
     scheduler = scheduler(optimizer) if scheduler else None
-    saved = _Checkpoint(checkpoint, f"{net}, {type(optimizer).__name__}, lr {p.lr}, {len(train_iter)} batches",
+    data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
+    saved = _Checkpoint(checkpoint, f"{net}\n{type(optimizer).__name__}, {type(scheduler).__name__}, lr {p.lr}, {data}",
                         {"net": net, "optimizer": optimizer, "scheduler": scheduler})
     history, figure = saved.load(), _LiveFigure(live, run)
     step, total = len(history.loss), max(1, round(p.num_epochs * len(train_iter)))

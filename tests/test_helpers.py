@@ -404,8 +404,9 @@ def test_a_killed_run_resumes_to_the_same_history_and_weights(tmp_path):
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_kept(tmp_path):
     path = tmp_path / "checkpoint"
     train(LeNet(), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
-    with pytest.raises(ValueError, match="of another run"):
-        train(LeNet(), digits()[0], None, 1, 0.2, checkpoint=path, progress=False)
+    for lr, data in ((0.2, {}), (0.1, {"seed": 1}), (0.1, {"dataset": "FashionMNIST"}), (0.1, {"batch_size": 60})):
+        with pytest.raises(ValueError, match="of another run"):
+            train(LeNet(), digits(**data)[0], None, 1, lr, checkpoint=path, progress=False)
     damage(path, "truncated")
     kept = path.read_bytes()
     with pytest.raises(ValueError, match="wrote whole; delete it"):
