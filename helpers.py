@@ -5,8 +5,8 @@
     data         load_dataset, load_data               MNIST and Fashion-MNIST, enlarged
     networks     LeNet, AlexNet, init_weights
     training     train, evaluate, History
-    diagnosis    first_nonfinite                       where the first inf or NaN is born
-    results      save_results                          one JSON file a run
+    diagnosis    first_nonfinite, outcome              where the first inf or NaN is born; what became of a run
+    results      save_results, Sweep                   one JSON file a run, or a sweep of many
     figures      STYLE, show                           one look
 
 Shapes are written (batch, channel, height, width). A *step* is one mini-batch; steps count from 1.
@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -35,7 +36,7 @@ import torchvision
 from filelock import FileLock
 from IPython import display, get_ipython
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
+from pydantic_core import to_json, to_jsonable_python
 from torch import distributed, nn
 from torch.utils.data import BatchSampler, DistributedSampler
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -97,6 +98,13 @@ class Parameters(BaseModel):
     test_images: int = Field(0, ge=0, le=10_000, description="a whole number from 0 (all) to 10000")
     seed: int = Field(0, ge=0, lt=2**32, description="a whole number from 0 to 2**32 - 1")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="'auto', 'float32' or 'bfloat16'")
+    relus: bool = Field(False, description="true or false")
+    images: int = Field(4, ge=2, le=1000, description="a whole number from 2 to 1000")
+    steps: int = Field(10, ge=3, le=100_000, description="a whole number from 3 to 100000")
+    grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
+    seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
+    sweep: Annotated[str, AfterValidator(_writable)] = Field(
+        "", description="'' or a file in a folder that exists and can be written")
     results_path: Annotated[str, AfterValidator(_writable)] = Field(
         "", description="'' or a file in a folder that exists and can be written")
     checkpoint: Annotated[str, AfterValidator(_writable)] = Field(
@@ -111,8 +119,8 @@ def check_parameters(**given):
     try:
         return Parameters(**given)
     except (ValidationError, OSError) as error:
-        if isinstance(error, OSError):  # from _writable: say which of the two paths it was
-            name = next(n for n in ("results_path", "checkpoint") if given.get(n))
+        if isinstance(error, OSError):  # from _writable: say which of the paths it was
+            name = next(n for n in ("sweep", "results_path", "checkpoint") if given.get(n))
         else:
             name = error.errors()[0]["loc"][0]
         field = Parameters.model_fields.get(name)
@@ -716,6 +724,27 @@ def _largest(tensors, count=10):
     return sorted((pair for pair in found if pair[0] >= 0), reverse=True)[:count]
 
 
+def outcome(losses, classes=10):
+    """What became of a training run, from the loss of each step (one at least, non-finite values as floats or text).
+
+    "nan"        a loss is not finite
+    "blew up"    it ends above 1.1 times the larger of its first loss and ln(classes), the loss of ignorance
+    "learned"    it ends below 0.9 ln(classes)
+    "stalled"    none of these: not better than ignorance, and not worse than at the start
+
+    It "ends" at the median of its last third.
+    """
+    losses = [float(loss) for loss in losses]
+    if not losses:
+        raise _refuse("losses", losses, "at least one loss")
+    if not all(map(math.isfinite, losses)):
+        return "nan"
+    end, ignorance = statistics.median(losses[-math.ceil(len(losses) / 3):]), math.log(classes)
+    if end > 1.1 * max(losses[0], ignorance):
+        return "blew up"
+    return "learned" if end < 0.9 * ignorance else "stalled"
+
+
 # ------------------------------------------------------------------------------------------------- results
 def save_results(path, results):
     """Write a dict of results, with `environment()`, as one JSON file, whole or not at all; path "" does nothing.
@@ -727,3 +756,38 @@ def save_results(path, results):
         text = to_json({**results, "environment": environment()}, indent=1, inf_nan_mode="strings")
         with _replacing(path) as file:
             file.write_bytes(text + b"\n")
+
+
+class Sweep:
+    """The finished units of a sweep, kept in a JSON file, so that an interrupted sweep goes on where it stopped.
+
+    path        the file, written anew after each unit; read first if it exists; "" keeps them in memory only
+    settings    a dict of what all units share, kept in the file too
+
+    Raises ValueError for a file that is damaged, or whose settings are others.
+    """
+
+    def __init__(self, path="", settings=None):
+        self.path, self.settings, self.units = str(path), to_jsonable_python(settings or {}), []
+        if path and os.path.exists(path):
+            try:
+                saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+                found, self.units = saved["settings"], saved["units"]
+            except (ValueError, KeyError, TypeError):
+                raise _refuse("sweep", self.path, "a file that a sweep wrote whole; delete it to start anew") from None
+            if found != self.settings:
+                raise _refuse("sweep", self.path, f"of another sweep ({found}); give another path, or delete it")
+
+    def find(self, **unit):
+        """The kept result of this unit, or None."""
+        return next((kept for kept in self.units if unit.items() <= kept.items()), None)
+
+    def __call__(self, run, **unit):
+        """The dict that run(**unit) returns, with the unit's own entries; from the file if it is finished there."""
+        kept = self.find(**unit)
+        if kept is None:
+            # Through JSON and back, so that a fresh and a kept result are the same.
+            kept = json.loads(to_json({**unit, **run(**unit)}, inf_nan_mode="strings"))
+            self.units.append(kept)
+            save_results(self.path, {"settings": self.settings, "units": self.units})
+        return kept
