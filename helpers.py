@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Read by torch at its first large allocation, Linux only: without huge pages a step of AlexNet on a few images
-# spends a sixth of its time on page faults, for 233 MB of fresh gradients.
+# spends a seventh of its time on page faults, for 233 MB of fresh gradients.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # One colour a run through the whole series (Okabe and Ito's colour-blind safe set), each with its own

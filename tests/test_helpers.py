@@ -1,6 +1,7 @@
 """What a user relies on in helpers.py, on the real data sets."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -23,7 +24,19 @@ from torch import nn
 from torchvision.transforms import v2
 
 import helpers
-from helpers import AlexNet, History, LeNet, check_parameters, evaluate, first_nonfinite, init_weights, load_data, train
+from helpers import (
+    AlexNet,
+    History,
+    LeNet,
+    Sweep,
+    check_parameters,
+    evaluate,
+    first_nonfinite,
+    init_weights,
+    load_data,
+    outcome,
+    train,
+)
 
 CPU = torch.device("cpu")
 settings.register_profile("shared machine", deadline=None)  # a slow machine is no failure
@@ -53,7 +66,8 @@ def test_strings_of_a_shell_or_yaml_are_coerced():
     ("image_size", 20, "from 67"), ("init", "foo", "'kaiming'"), ("all_relus", "perhaps", "true or false"),
     ("num_epochs", 0, "above 0"), ("test_images", 10_001, "to 10000"),
 
-    ("results_path", "/no/such/folder/x.json", "folder"), ("checkpoint", tempfile.gettempdir(), "file in a folder"),
+    ("grid_size", 1, "from 2"), ("steps", 2, "from 3"), ("relus", 5, "true or false"), ("seeds", 0, "from 1"),
+    ("sweep", "/no/such/folder/x.json", "folder"), ("results_path", "/no/such/folder/x.json", "folder"), ("checkpoint", tempfile.gettempdir(), "file in a folder"),
     ("momentum", 0.9, "no parameter")])
 def test_a_bad_parameter_is_one_line_with_name_value_and_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=allowed) as error:
@@ -73,7 +87,8 @@ def test_lr_is_taken_if_and_only_if_it_is_finite_and_positive(lr):
     lambda: init_weights(LeNet(), "foo"), lambda: train(LeNet(), [1], lr="abc"), lambda: train(LeNet(), [1], lr=-1),
     lambda: train(LeNet(), [1], log_every=0), lambda: train(LeNet(), [1], checkpoint="/no/such/folder/file"),
     lambda: first_nonfinite(LeNet(), [], 0), lambda: helpers.save_results("/no/such/folder/file", {}),
-    lambda: evaluate(LeNet(), []), lambda: train(LeNet(), [])])
+    lambda: evaluate(LeNet(), []), lambda: train(LeNet(), []), lambda: outcome([]),
+    lambda: Sweep("/no/such/folder/file")(dict)])
 def test_functions_refuse_bad_arguments_the_same_way(call):
     with pytest.raises(ValueError, match=r"^\w+ = .+ is not allowed; "):
         call()
@@ -324,6 +339,15 @@ def test_training_learns_and_tests_on_the_test_set():
     assert train(net, train_iter, wrong, 1 / 600, 0.1, progress=False).rows[0].test_accuracy < 0.3
 
 
+def test_training_without_logged_lines_is_the_same_training(capsys):
+    torch.manual_seed(0)
+    net, (train_iter, _) = LeNet(), digits()
+    twin = copy.deepcopy(net)
+    silent = train(net, train_iter, None, 1, 0.1, log_every=None, progress=False)
+    assert not silent.rows and not capsys.readouterr().out
+    assert silent.loss == train(twin, train_iter, None, 1, 0.1, log_every=5, progress=False).loss
+
+
 def test_any_optimizer_and_schedule():
     seen = []
 
@@ -503,6 +527,60 @@ def test_a_healthy_run_is_left_alone_and_trained():
 
 
 # ------------------------------------------------------------------------------------------- results, machine
+# ------------------------------------------------------------------------------------------ outcome, sweeps
+@pytest.mark.parametrize(("losses", "expected"), [
+    ([2.9, 1e5, 1e24, math.nan], "nan"), ([2.9, math.inf, 2.0], "nan"), ([2.9, 1e5, "NaN"], "nan"),
+    ([math.nan], "nan"), ([2.9, 13, 44, 17, 8.6, 3.3, 1.0, 0.5, 0.2], "learned"),  # a catapult
+    ([2.9, 2.5, 2.2, 1.9, 1.7, 1.5], "learned"), ([2.3] * 6, "stalled"), ([2.9, 2.9, 2.9], "stalled"),
+    ([641, 514, 387, 297, 226, 166], "stalled"),  # better than at the start, and still worse than ignorance
+    ([2.9, 9, 20, 55, 90, 140], "blew up"), ([2.1, 2.4, 2.6], "blew up"), ([641, 1e3, 1e4, 1e5], "blew up"),
+    ([2.0, 2.0, 900, 0.5, 0.4, 0.3], "learned"), ([3.0, 1.0, 1.0, 1.0, 50.0, 1.0], "learned")])  # one spike
+def test_the_outcome_of_planted_curves(losses, expected):
+    assert outcome(losses) == expected
+
+
+@given(st.lists(st.floats(0, 1e30), min_size=1, max_size=30), st.floats(0, 1e30))
+def test_outcome_is_one_of_four_and_only_the_end_and_the_start_count(losses, other):
+    fate = outcome(losses)
+    assert fate in ("blew up", "stalled", "learned")
+    assert outcome([*losses, math.inf]) == outcome([math.nan, *losses]) == "nan"
+    if len(losses) >= 5:  # the second of five is neither first nor in the last third
+        assert outcome([losses[0], other, *losses[2:]]) == fate
+    assert outcome([losses[0], *losses[1:], *[2.0] * (2 * len(losses) + 1)]) == "learned"
+
+
+def test_a_sweep_keeps_what_is_finished_and_does_not_run_it_again(tmp_path):
+    path, calls = tmp_path / "sweep.json", []
+
+    def run(scale, lr):
+        calls.append((scale, lr))
+        if lr > 1:
+            raise RuntimeError("the machine went down")
+        return {"loss": [scale, math.inf, math.nan]}
+
+    first = Sweep(path, {"steps": 3, "sizes": (1, 2)})
+    fresh = first(run, scale=0.1, lr=0.3)
+    with pytest.raises(RuntimeError):
+        first(run, scale=0.1, lr=3.0)
+    again = Sweep(path, {"steps": 3, "sizes": (1, 2)})
+    assert again(run, scale=0.1, lr=0.3) == fresh == again.find(lr=0.3) and again.find(lr=3.0) is None
+    assert calls == [(0.1, 0.3), (0.1, 3.0)]
+    assert outcome(fresh["loss"]) == "nan"
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert os.listdir(tmp_path) == ["sweep.json"]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"settings": {"steps": 4}, "units": []}', "of another sweep"), ("{", "wrote whole"), ("[]", "wrote whole"),
+    ('{"a": 1}', "wrote whole")])
+def test_a_sweep_refuses_a_file_that_is_not_its_own_and_keeps_it(tmp_path, content, message):
+    path = tmp_path / "sweep.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Sweep(path, {"steps": 3})
+    assert path.read_text() == content
+
+
 def test_results_are_whole_json_or_nothing(tmp_path):
     path = tmp_path / "run.json"
     helpers.save_results(path, {"loss": [1.0, math.nan, math.inf], "history": History(loss=[math.nan])})

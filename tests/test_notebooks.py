@@ -3,16 +3,23 @@
 nbval, by the settings in pyproject.toml, runs their cells with the defaults; here are the things it can't see.
 """
 
+import ast
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from helpers import HERE
 
@@ -96,6 +103,66 @@ def test_links_to_the_neighbours_and_all_others(number):
     assert f"solutions/{SOLUTIONS[number].name}" in links
 
 
+# ----------------------------------------------------------------------------------- the functions they define
+def functions_of(chapter):
+    """What a notebook imports and defines, as attributes, without running anything else of it."""
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    source = [node for cell in code(nbformat.read(FOLDER / f"{chapter}.ipynb", 4))
+              for node in ast.parse(cell.source).body if isinstance(node, kept)]
+    namespace = {"device": torch.device("cpu")}
+    exec(compile(ast.Module(source, []), chapter, "exec"), namespace)
+    return types.SimpleNamespace(**namespace)
+
+
+@pytest.fixture(scope="module")
+def chapter_5():
+    return functions_of("05_stability_map")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_largest_eigenvalue_against_the_full_hessian(chapter_5, seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 4))
+    X, y = 3 * torch.randn(20, 8), torch.randint(4, (20,))
+    shapes = {name: value.shape for name, value in net.named_parameters()}
+
+    def loss_at(flat):
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return nn.functional.cross_entropy(torch.func.functional_call(net, weights, X), y)
+
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
+    exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss_at, flat))
+    product, size = chapter_5.hessian_product(net, lambda net: nn.functional.cross_entropy(net(X), y))
+    assert size == len(flat) == 134
+    largest = max(exact, key=abs).item()
+    assert chapter_5.power_iteration(product, size, 300)[-1] == pytest.approx(largest, rel=0.01)
+    assert chapter_5.lanczos(product, size, 20)[1] == pytest.approx(exact[-1].item(), rel=0.01)
+
+
+def test_lanczos_finds_both_ends_of_a_mirrored_spectrum_and_power_iteration_neither(chapter_5):
+    ends = torch.cat([torch.linspace(-0.5, 0.5, 48), torch.tensor([-3.0, 3.0])])
+    assert chapter_5.lanczos(lambda v: ends * v, 50, 12) == pytest.approx((-3, 3), rel=0.01)
+    assert abs(chapter_5.power_iteration(lambda v: ends * v, 50, 100)[-1]) < 2.9
+
+
+@settings(max_examples=30)
+@given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
+def test_the_bisected_critical_rate_of_a_quadratic_is_two_over_lambda(chapter_5, largest, guess):
+    curvatures = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64) * largest
+
+    def diverges(lr):
+        w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (0.5 * curvatures * w**2).sum().backward()
+            optimizer.step()
+        return not w.norm() < 3
+
+    assert chapter_5.critical_lr(diverges, guess, 1.02) == pytest.approx(2 / largest, rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------------ as programs
 def papermill(notebook, folder, cwd=HERE, **parameters):
     """Start one papermill run, with results.json in folder."""
@@ -147,11 +214,49 @@ def test_04_lives_by_default_its_results_are_true_and_it_resumes(tmp_path):
     assert resumed["history"] == history and resumed["confusion"] == confusion
 
 
+TINY_MAP = {"image_size": 67, "images": 2, "steps": 5, "grid_size": 3}
+
+
+def test_05_maps_both_networks_and_keeps_finished_places(tmp_path):
+    sweep = tmp_path / "sweep.json"
+    results = results_of(papermill("05_stability_map", tmp_path, relus="true", sweep=sweep, **TINY_MAP), tmp_path)
+    assert results["parameters"]["relus"] is True and len(results["map"]) == 9
+    assert {place["fate"] for place in results["map"]} <= {"nan", "blew up", "stalled", "learned"}
+    assert results["map"][-1]["scale"] > 2.8 and results["map"][-1]["fate"] == "nan"
+
+    kept = json.loads(sweep.read_text())
+    lost = kept["units"].pop()
+    lost["loss"], kept["units"][0]["loss"] = None, [7.0]  # as if interrupted; and a mark on one that is finished
+    sweep.write_text(json.dumps(kept))
+    again = results_of(papermill("05_stability_map", tmp_path, relus="true", sweep=sweep, **TINY_MAP), tmp_path)
+    units = json.loads(sweep.read_text())["units"]
+    assert units[:-1] == kept["units"] and units[-1]["loss"] is not None
+    assert again["slope"] == results["slope"]
+
+
+def test_06_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
+    sweep, options = tmp_path / "sweep.json", {"image_size": 67, "batch_size": 4, "steps": 3, "test_images": 20}
+
+    def until(count):
+        process = papermill("06_remedies", tmp_path, sweep=sweep, seeds=1, **options)
+        while not (sweep.exists() and len(json.loads(sweep.read_text())["units"]) >= count):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        process.terminate()
+        process.wait()
+        return json.loads(sweep.read_text())["units"]
+
+    first = until(2)
+    second = until(len(first) + 2)
+    assert second[:len(first)] == first and first[0]["remedy"].startswith("smaller LR") and first[0]["lr"] == 0.1
+    assert not (tmp_path / "results.json").exists()
+
+
 @pytest.mark.parametrize(("notebook", "parameters"), [
-    ("02_data_iterator", {}), ("03_failing_lr", {"max_steps": 3}),
+    ("02_data_iterator", {}), ("05_stability_map", TINY_MAP), ("06_remedies", {"steps": 3, "test_images": 20}), ("03_failing_lr", {"max_steps": 3}),
     ("04_fixed_lr", {"num_epochs": 0.01, "test_images": 100})])
 def test_fashion_mnist(notebook, parameters, tmp_path):
-    process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL, **parameters)
+    process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL | parameters)
     assert results_of(process, tmp_path)["parameters"]["dataset"] == "FashionMNIST"
 
 
