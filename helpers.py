@@ -5,7 +5,7 @@
     data         load_dataset, load_data               MNIST and Fashion-MNIST, enlarged
     networks     LeNet, AlexNet, init_weights
     training     train, evaluate, History
-    diagnosis    first_nonfinite, outcome              where the first inf or NaN is born; what became of a run
+    diagnosis    first_nonfinite, outcome, final_loss  where the first inf or NaN is born; what became of a run
     results      save_results, Sweep                   one JSON file a run, or a sweep of many
     figures      STYLE, show                           one look
 
@@ -727,23 +727,29 @@ def _largest(tensors, count=10):
     return sorted((pair for pair in found if pair[0] >= 0), reverse=True)[:count]
 
 
-def outcome(losses, classes=10):
-    """What became of a training run, from the loss of each step (one at least, non-finite values as floats or text).
+def final_loss(losses):
+    """The loss at which a run ended: the median of its last third; NaN if any loss is not finite.
 
-    "nan"        a loss is not finite
-    "blew up"    it ends above 1.1 times the larger of its first loss and ln(classes), the loss of ignorance
-    "learned"    it ends below 0.9 ln(classes)
-    "stalled"    none of these: not better than ignorance, and not worse than at the start
-
-    It "ends" at the median of its last third.
+    Takes the loss of each step, at least one, as floats or text ("NaN", as JSON has them). Raises ValueError.
     """
     losses = [float(loss) for loss in losses]
     if not losses:
         raise _refuse("losses", losses, "at least one loss")
-    if not all(map(math.isfinite, losses)):
+    return statistics.median(losses[-math.ceil(len(losses) / 3):]) if all(map(math.isfinite, losses)) else math.nan
+
+
+def outcome(losses, classes=10):
+    """What became of a training run, from the loss of each step, taken as `final_loss` takes it.
+
+    "nan"        a loss is not finite
+    "blew up"    it ended above 1.1 times the larger of its first loss and ln(classes), the loss of ignorance
+    "learned"    it ended below 0.9 ln(classes)
+    "stalled"    none of these: not better than ignorance, and not worse than at the start
+    """
+    end, ignorance = final_loss(losses), math.log(classes)
+    if math.isnan(end):
         return "nan"
-    end, ignorance = statistics.median(losses[-math.ceil(len(losses) / 3):]), math.log(classes)
-    if end > 1.1 * max(losses[0], ignorance):
+    if end > 1.1 * max(float(losses[0]), ignorance):
         return "blew up"
     return "learned" if end < 0.9 * ignorance else "stalled"
 
