@@ -67,7 +67,8 @@ def test_strings_of_a_shell_or_yaml_are_coerced():
     ("num_epochs", 0, "above 0"), ("test_images", 10_001, "to 10000"),
 
     ("grid_size", 1, "from 2"), ("steps", 2, "from 3"), ("relus", 5, "true or false"), ("seeds", 0, "from 1"),
-    ("sweep", "/no/such/folder/x.json", "folder"), ("results_path", "/no/such/folder/x.json", "folder"), ("checkpoint", tempfile.gettempdir(), "file in a folder"),
+    ("sweep", "/no/such/folder/x.json", "folder"), ("results_path", "/no/such/folder/x.json", "folder"),
+    ("checkpoint", tempfile.gettempdir(), "file in a folder"),
     ("momentum", 0.9, "no parameter")])
 def test_a_bad_parameter_is_one_line_with_name_value_and_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=allowed) as error:

@@ -253,7 +253,8 @@ def test_06_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.parametrize(("notebook", "parameters"), [
-    ("02_data_iterator", {}), ("05_stability_map", TINY_MAP), ("06_remedies", {"steps": 3, "test_images": 20}), ("03_failing_lr", {"max_steps": 3}),
+    ("02_data_iterator", {}), ("05_stability_map", TINY_MAP), ("06_remedies", {"steps": 3, "test_images": 20}),
+    ("03_failing_lr", {"max_steps": 3}),
     ("04_fixed_lr", {"num_epochs": 0.01, "test_images": 100})])
 def test_fashion_mnist(notebook, parameters, tmp_path):
     process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL | parameters)
