@@ -535,7 +535,7 @@ def test_a_healthy_run_is_left_alone_and_trained():
     ([2.9, 2.5, 2.2, 1.9, 1.7, 1.5], "learned"), ([2.3] * 6, "stalled"), ([2.9, 2.9, 2.9], "stalled"),
     ([641, 514, 387, 297, 226, 166], "stalled"),  # better than at the start, and still worse than ignorance
     ([2.9, 9, 20, 55, 90, 140], "blew up"), ([2.1, 2.4, 2.6], "blew up"), ([641, 1e3, 1e4, 1e5], "blew up"),
-    ([2.0, 2.0, 900, 0.5, 0.4, 0.3], "learned"), ([3.0, 1.0, 1.0, 1.0, 50.0, 1.0], "learned")])  # one spike
+    ([2.0, 2.0, 900, 0.5, 0.4, 0.3], "learned"), ([3.0] + [1.0] * 6 + [50.0, 1.0], "learned")])  # one spike
 def test_the_outcome_of_planted_curves(losses, expected):
     assert outcome(losses) == expected
 

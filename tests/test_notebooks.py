@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import HERE
+from helpers import HERE, Parameters
 
 FOLDER = HERE / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("*.ipynb"))
@@ -109,7 +109,7 @@ def functions_of(chapter):
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef)
     source = [node for cell in code(nbformat.read(FOLDER / f"{chapter}.ipynb", 4))
               for node in ast.parse(cell.source).body if isinstance(node, kept)]
-    namespace = {"device": torch.device("cpu")}
+    namespace = {"device": torch.device("cpu"), "p": Parameters()}
     exec(compile(ast.Module(source, []), chapter, "exec"), namespace)
     return types.SimpleNamespace(**namespace)
 
@@ -137,7 +137,7 @@ def test_largest_eigenvalue_against_the_full_hessian(chapter_5, seed):
     assert size == len(flat) == 134
     largest = max(exact, key=abs).item()
     assert chapter_5.power_iteration(product, size, 300)[-1] == pytest.approx(largest, rel=0.01)
-    assert chapter_5.lanczos(product, size, 20)[1] == pytest.approx(exact[-1].item(), rel=0.01)
+    assert chapter_5.lanczos(product, size, 40)[1] == pytest.approx(exact[-1].item(), rel=0.01)
 
 
 def test_lanczos_finds_both_ends_of_a_mirrored_spectrum_and_power_iteration_neither(chapter_5):
@@ -146,7 +146,7 @@ def test_lanczos_finds_both_ends_of_a_mirrored_spectrum_and_power_iteration_neit
     assert abs(chapter_5.power_iteration(lambda v: ends * v, 50, 100)[-1]) < 2.9
 
 
-@settings(max_examples=30)
+@settings(max_examples=15, deadline=None)
 @given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
 def test_the_bisected_critical_rate_of_a_quadratic_is_two_over_lambda(chapter_5, largest, guess):
     curvatures = torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64) * largest
@@ -154,7 +154,7 @@ def test_the_bisected_critical_rate_of_a_quadratic_is_two_over_lambda(chapter_5,
     def diverges(lr):
         w = torch.ones(3, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.SGD([w], lr)
-        for _ in range(300):
+        for _ in range(100):
             optimizer.zero_grad()
             (0.5 * curvatures * w**2).sum().backward()
             optimizer.step()
