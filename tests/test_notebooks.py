@@ -136,7 +136,8 @@ def test_largest_eigenvalue_against_the_full_hessian(chapter_5, seed):
     product, size = chapter_5.hessian_product(net, lambda net: nn.functional.cross_entropy(net(X), y))
     assert size == len(flat) == 134
     largest = max(exact, key=abs).item()
-    assert chapter_5.power_iteration(product, size, 1000)[-1] == pytest.approx(largest, rel=0.01)  # ± nearly equal: slow
+    # many steps: with one of the seeds the ends of the spectrum are -1.71 and 1.73
+    assert chapter_5.power_iteration(product, size, 1000)[-1] == pytest.approx(largest, rel=0.01)
     assert chapter_5.lanczos(product, size, 40)[1] == pytest.approx(exact[-1].item(), rel=0.01)
 
 
