@@ -498,14 +498,15 @@ class _LiveFigure:
 
 
 def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=torch.optim.SGD, scheduler=None,
-          log_every=200, stop_at_nonfinite=True, precision="auto", checkpoint=None, checkpoint_every=100,
-          progress=True, live=True, run="C"):
-    """Train net in place with cross-entropy, on the device of its parameters; returns its `History`.
+          loss_fn=F.cross_entropy, log_every=200, stop_at_nonfinite=True, precision="auto", checkpoint=None,
+          checkpoint_every=100, progress=True, live=True, run="C"):
+    """Train net in place, on the device of its parameters; returns its `History`.
 
     train_iter, test_iter   yield (X, y); with test_iter each logged line has the accuracy on all of it
     num_epochs              may be a fraction: 0.5 is half of the batches
     optimizer, scheduler    called as optimizer(net.parameters(), lr=lr) and scheduler(optimizer); the schedule
                             moves at each step
+    loss_fn                 what is made small: loss_fn(logits, y)
     log_every               steps a logged line; a run that comes to its end has one for its last step; None: no lines
     stop_at_nonfinite       end at the first loss that is inf or NaN (else go on, as the article did); the weights
                             are then those that gave this loss
@@ -541,7 +542,7 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                 X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
                 with _autocast(device, p.precision):
                     logits = net(X).float()
-                    loss = F.cross_entropy(logits, y)
+                    loss = loss_fn(logits, y)
                 step += 1
                 history.loss.append(loss.item())
                 history.accuracy.append((logits.argmax(1) == y).float().mean().item())

@@ -349,6 +349,16 @@ def test_training_without_logged_lines_is_the_same_training(capsys):
     assert silent.loss == train(twin, train_iter, None, 1, 0.1, log_every=5, progress=False).loss
 
 
+def test_any_loss():
+    torch.manual_seed(0)
+    net, (train_iter, _) = LeNet(), digits()
+    twin = copy.deepcopy(net)
+    plain = train(net, train_iter, None, 1, 0.2, progress=False)
+    doubled = train(twin, train_iter, None, 1, 0.1, progress=False,
+                    loss_fn=lambda logits, y: 2 * nn.functional.cross_entropy(logits, y))
+    assert doubled.loss == pytest.approx([2 * loss for loss in plain.loss], rel=1e-4)
+
+
 def test_any_optimizer_and_schedule():
     seen = []
 

@@ -1,0 +1,344 @@
+"""How fast is this series, against the article's own code and against what the machine can do at most?
+
+    python tests/benchmarks/benchmark.py                          the whole table, a quarter of an hour on two CPU cores
+    python tests/benchmarks/benchmark.py --parts training data    some of its parts
+    python tests/benchmarks/benchmark.py --help                   sizes, repeats, the JSON file
+
+Contenders are measured in turn, A B C A B C …, in one process, after one round that does not count; a figure is
+the median of the repeats. Ratios are to be trusted more than rates: machines are shared and noisy.
+"""
+
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import helpers
+from helpers import AlexNet, init_weights, load_data, load_dataset
+
+PARTS = ("training", "data", "evaluation", "memory", "growth")
+DEVICE = helpers.find_device()
+PRECISION = helpers.find_precision(DEVICE)
+
+
+def seconds(work):
+    """Wall time of one call, with all that it started on the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(contenders, repeats):
+    """{name: [seconds of each repeat]} of callables, measured in turn after one round that does not count."""
+    times = {name: [] for name in contenders}
+    for repeat in tqdm(range(repeats + 1), leave=False, disable=None):
+        for name, work in contenders.items():
+            taken = seconds(work)
+            if repeat:
+                times[name].append(taken)
+    return times
+
+
+def median_rates(times, images):
+    """[{what, images a second: median, least, most}] from `in_turn`'s times; images: a number, or one for each name."""
+    count = images if isinstance(images, dict) else dict.fromkeys(times, images)
+    return [{"what": name, "rate": count[name] / statistics.median(taken), "least": count[name] / max(taken),
+             "most": count[name] / min(taken)} for name, taken in times.items()]
+
+
+# ------------------------------------------------------------------------------------------------- contenders
+def fresh_net(image_size):
+    torch.manual_seed(0)
+    return init_weights(AlexNet(image_size), "kaiming").to(DEVICE)
+
+
+def article_loader(options, train):
+    """The article's: each image resized by PIL when it is its turn, four workers, no normalisation."""
+    transform = transforms.Compose([transforms.Resize((options.image_size,) * 2), transforms.ToTensor()])
+    return DataLoader(load_dataset(train=train, transform=transform), options.batch_size, shuffle=True,
+                      num_workers=options.workers)
+
+
+def reference_loader(options):
+    """In the manner of torchvision's own training reference: transforms v2, its PIL backend, normalised."""
+    transform = v2.Compose([v2.Resize((options.image_size,) * 2, antialias=True), v2.PILToTensor(),
+                            v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.1307], [0.3081]), v2.ToPureTensor()])
+    return DataLoader(load_dataset(transform=transform), options.batch_size, shuffle=True,
+                      num_workers=options.workers, drop_last=True)
+
+
+def endless(loader):
+    """Batch after batch, epoch after epoch."""
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def article_training(options):
+    """The article's loop as it is: float32, plain SGD; returns a callable that makes options.steps steps."""
+    net = fresh_net(options.image_size)
+    optimizer, batches = torch.optim.SGD(net.parameters(), lr=0.001), endless(article_loader(options, train=True))
+
+    def steps():
+        for X, y in itertools.islice(batches, options.steps):
+            X, y = X.to(DEVICE), y.to(DEVICE)
+            optimizer.zero_grad()
+            logits = net(X)
+            loss = F.cross_entropy(logits, y)
+            loss.backward()
+            optimizer.step()
+            loss.item(), (logits.argmax(1) == y).float().mean().item()
+
+    return steps
+
+
+def reference_training(options):
+    """One epoch's loop as in torchvision's references/classification: momentum, weight decay, top-1 and top-5."""
+    net = fresh_net(options.image_size)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    batches = endless(reference_loader(options))
+
+    def steps():
+        for X, y in itertools.islice(batches, options.steps):
+            X, y = X.to(DEVICE), y.to(DEVICE)
+            logits = net(X)
+            loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            right = logits.topk(5, 1).indices == y[:, None]
+            loss.item(), right[:, :1].float().mean().item(), right.any(1).float().mean().item()
+
+    return steps
+
+
+def series_training(options):
+    """`helpers.train` on `helpers.load_data`."""
+    net = fresh_net(options.image_size)
+    train_iter, _ = load_data(batch_size=options.batch_size, image_size=options.image_size)
+
+    def steps():
+        helpers.train(net, train_iter, None, options.steps / len(train_iter), 0.001, log_every=None, progress=False,
+                      live=False)
+
+    return steps
+
+
+def layer_products(image_size, batch_size):
+    """(rows, inner, columns) of each layer's matrix product in the forward pass, a convolution as one product."""
+    net, sizes = AlexNet(image_size), []
+
+    def note(layer, args, output):
+        positions = output[0].numel() // layer.weight.shape[0]
+        sizes.append((batch_size * positions, layer.weight[0].numel(), layer.weight.shape[0]))
+
+    for layer in net:
+        if hasattr(layer, "weight"):
+            layer.register_forward_hook(note)
+    with torch.inference_mode():
+        net(torch.zeros(1, 1, image_size, image_size))
+    return sizes
+
+
+def roof(options):
+    """A callable with nothing but the products of one training step: forward, and two of the same size backward."""
+    products = []
+    for number, (rows, inner, columns) in enumerate(layer_products(options.image_size, options.batch_size)):
+        A, B, C = (torch.randn(shape, device=DEVICE, dtype=PRECISION)
+                   for shape in ((rows, inner), (inner, columns), (rows, columns)))
+        products += [(A, B), (A.T, C)]
+        if number:  # nobody needs the gradient of the pixels
+            products.append((C, B.T))
+
+    def multiply():
+        for left, right in products:
+            left @ right
+
+    return multiply
+
+
+# ------------------------------------------------------------------------------------------------------ parts
+def training(options):
+    contenders = {"the article's loop": article_training(options), "torchvision's manner": reference_training(options),
+                  "helpers.train": series_training(options)}
+    images = options.steps * options.batch_size
+    times = in_turn(contenders, options.repeats)
+    # by itself: its operands take as much memory as all the contenders
+    times["roof: matrix products"] = in_turn({"roof": roof(options)}, options.repeats)["roof"]
+    return median_rates(times, {**dict.fromkeys(contenders, images), "roof: matrix products": options.batch_size})
+
+
+def data(options):
+    batches = {"the article's loader": endless(article_loader(options, train=True)),
+               "helpers.load_data": endless(load_data(batch_size=options.batch_size, image_size=options.image_size)[0])}
+    count = options.data_batches
+
+    def write():
+        for _ in range(count):
+            torch.ones(options.batch_size, 1, options.image_size, options.image_size, device=DEVICE)
+
+    def take(iterator):
+        for X, y in itertools.islice(iterator, count):
+            X.to(DEVICE), y.to(DEVICE)
+
+    contenders = {name: lambda iterator=iterator: take(iterator) for name, iterator in batches.items()}
+    return median_rates(in_turn({**contenders, "roof: writing the tensor": write}, options.repeats),
+                        count * options.batch_size)
+
+
+def evaluation(options):
+    net = fresh_net(options.image_size).eval()
+    loader = article_loader(options, train=False)
+    _, test_iter = load_data(batch_size=options.batch_size, image_size=options.image_size,
+                             test_images=options.test_images)
+    loader.dataset.data = loader.dataset.data[:options.test_images]
+    loader.dataset.targets = loader.dataset.targets[:options.test_images]
+
+    @torch.no_grad()
+    def article():
+        return sum((net(X.to(DEVICE)).argmax(1) == y.to(DEVICE)).sum().item() for X, y in loader) / options.test_images
+
+    return median_rates(in_turn({"the article's way, on the test set": article,
+                                 "helpers.evaluate": lambda: helpers.evaluate(net, test_iter)}, options.repeats),
+                        options.test_images)
+
+
+def peak_memory(name, options, queue):
+    """Put the peak of a fresh process that trains for two steps, in GB, into queue."""
+    {"the article's loop": article_training, "helpers.train": series_training}[name](options)()
+    if DEVICE.type == "cuda":
+        queue.put(torch.cuda.max_memory_allocated() / 1e9)
+        return
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queue.put(peak / (1e9 if sys.platform == "darwin" else 1e6))  # bytes on macOS, kilobytes elsewhere
+
+
+def memory(options):
+    if sys.platform == "win32" and DEVICE.type != "cuda":
+        return []
+    context, rows = multiprocessing.get_context("spawn"), []
+    two_steps = argparse.Namespace(**vars(options) | {"steps": 2})
+    for name in ("the article's loop", "helpers.train"):
+        queue = context.Queue()
+        child = context.Process(target=peak_memory, args=(name, two_steps, queue))
+        child.start()
+        rows.append({"what": name, "gigabytes": queue.get(timeout=600)})
+        child.join()
+    return rows
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_step(batch_size, image_size, threads_used):
+    """A callable that makes one training step of this size, the batch already at hand."""
+    net = fresh_net(image_size)
+    batch = next(iter(load_data(batch_size=batch_size, image_size=image_size)[0]))
+
+    def step():
+        with threads(threads_used):
+            helpers.train(net, [batch], None, 1, 0.001, log_every=None, progress=False, live=False)
+
+    return step
+
+
+def growth(options):
+    """Rates over one size at a time; the other sizes are the defaults (image sizes and threads: with batches of 20)."""
+    usual, few, size = torch.get_num_threads(), min(20, options.batch_size), options.image_size
+    cases = [("batch size", n, (n, size, usual)) for n in options.batch_sizes]
+    cases += [("image size", n, (few, n, usual)) for n in options.image_sizes]
+    cases += [("threads", n, (few, size, n)) for n in sorted({1, usual})]
+    rows = []
+    for over in ("batch size", "image size", "threads"):
+        contenders = {n: (case, one_step(*case)) for what, n, case in cases if what == over}
+        times = in_turn({n: step for n, (_, step) in contenders.items()}, options.repeats)
+        rates = median_rates(times, {n: case[0] for n, (case, _) in contenders.items()})
+        cost = {n: 3 * sum(2 * a * b * c for a, b, c in layer_products(case[1], 1)) / 1e9
+                for n, (case, _) in contenders.items()}
+        rows += [{**row, "over": over, "gflops": row["rate"] * cost[row["what"]]} for row in rates]
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------- table
+def print_part(part, rows):
+    titles = {"training": "training, images a second", "data": "data iterator, images a second",
+              "evaluation": "evaluation, images a second", "memory": "peak memory of training, GB",
+              "growth": "training step, images a second (and GFLOP/s)"}
+    print(f"\n{titles[part]}")
+    for row in rows:
+        if part == "memory":
+            print(f"  {row['what']:36s} {row['gigabytes']:9.2f}")
+        elif part == "growth":
+            print(f"  {row['over'] + ' ' + str(row['what']):36s} {row['rate']:9.1f}   {row['gflops']:7.0f}   "
+                  f"({row['least']:.1f} … {row['most']:.1f})")
+        else:
+            print(f"  {row['what']:36s} {row['rate']:9.1f}   {row['rate'] / rows[0]['rate']:6.2f} × the first   "
+                  f"({row['least']:.1f} … {row['most']:.1f})")
+
+
+def arguments():
+    def above_0(text):
+        if not text.isdecimal() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a whole number above 0 is")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    for name, default in {"repeats": 5, "steps": 1, "batch_size": 100, "image_size": 244, "workers": 4,
+                          "data_batches": 10, "test_images": 10_000 if DEVICE.type == "cuda" else 1000}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=above_0, default=default, help=f"default {default}")
+    for name, default in {"batch_sizes": (10, 20, 50, 100, 200, 500),
+                          "image_sizes": (124, 164, 204, 244, 324, 404, 484)}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=above_0, nargs="+", default=default,
+                            help=f"of the part growth; default {default}")
+    parser.add_argument("--json", default="", help="file for the results")
+    options = parser.parse_args()
+    try:
+        helpers.check_parameters(batch_size=options.batch_size, image_size=options.image_size,
+                                 test_images=options.test_images, results_path=options.json)
+        for n in options.batch_sizes:
+            helpers.check_parameters(batch_size=n)
+        for n in options.image_sizes:
+            helpers.check_parameters(image_size=n)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main():
+    options = arguments()
+    environment = helpers.environment()
+    for name, value in environment.items():
+        print(f"{name:12s} {value}")
+    if PRECISION == torch.float32:
+        print("no native bfloat16 here: every contender, and the roof, multiplies in float32")
+    results = {}
+    for part in options.parts:
+        results[part] = globals()[part](options)
+        print_part(part, results[part])
+        helpers.save_results(options.json, {"benchmark": results, "parameters": vars(options)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The benchmark runs with tiny sizes, says what it measured, and refuses what makes no sense."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from helpers import HERE
+
+SCRIPT = HERE / "tests" / "benchmarks" / "benchmark.py"
+TINY = ["--repeats", "1", "--batch-size", "5", "--image-size", "67", "--workers", "1", "--data-batches", "2",
+        "--test-images", "10", "--batch-sizes", "2", "3", "--image-sizes", "67"]
+
+
+def benchmark(*options, cwd=HERE):
+    return subprocess.run([sys.executable, SCRIPT, *options], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_every_part_gives_a_table_and_the_same_as_json(tmp_path):
+    done = benchmark(*TINY, "--json", "all.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert found["parameters"]["batch_size"] == 5
+    for name, value in found["environment"].items():
+        assert f"{name:12s} {value}" in done.stdout.splitlines()
+    parts = found["benchmark"]
+    assert list(parts) == ["training", "data", "evaluation", "memory", "growth"]
+    for rows in parts.values():
+        assert rows or sys.platform == "win32"
+        for row in rows:
+            figure = row.get("rate") or row["gigabytes"]
+            assert figure > 0 and str(row["what"]) in done.stdout and f"{figure:.1f}" in done.stdout
+    assert [(row["over"], row["what"]) for row in parts["growth"]][:3] == [
+        ("batch size", 2), ("batch size", 3), ("image size", 67)]
+
+
+def test_bad_options_end_with_one_line_that_names_them(tmp_path):
+    cases = {("--repeats", "0"): "'0' is not allowed", ("--image-sizes", "20"): "image_size = 20 is not allowed",
+             ("--json", str(tmp_path / "no" / "x.json")): "results_path = "}
+    with ThreadPoolExecutor(2) as two_at_a_time:
+        for message, done in zip(cases.values(), two_at_a_time.map(lambda case: benchmark(*case), cases), strict=True):
+            assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
