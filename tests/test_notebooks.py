@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import HERE, Parameters
+from helpers import HERE, AlexNet, Parameters
 
 FOLDER = HERE / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("*.ipynb"))
@@ -104,12 +104,12 @@ def test_links_to_the_neighbours_and_all_others(number):
 
 
 # ----------------------------------------------------------------------------------- the functions they define
-def functions_of(chapter):
-    """What a notebook imports and defines, as attributes, without running anything else of it."""
-    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+def functions_of(chapter, **names):
+    """What a notebook imports and defines, as attributes, without running anything else of it; names: what it finds."""
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     source = [node for cell in code(nbformat.read(FOLDER / f"{chapter}.ipynb", 4))
               for node in ast.parse(cell.source).body if isinstance(node, kept)]
-    namespace = {"device": torch.device("cpu"), "p": Parameters()}
+    namespace = {"device": torch.device("cpu"), "p": Parameters(), **names}
     exec(compile(ast.Module(source, []), chapter, "exec"), namespace)
     return types.SimpleNamespace(**namespace)
 
@@ -162,6 +162,67 @@ def test_the_bisected_critical_rate_of_a_quadratic_is_two_over_lambda(chapter_5,
         return not w.norm() < 3
 
     assert chapter_5.critical_lr(diverges, guess, 1.02) == pytest.approx(2 / largest, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def chapter_7():
+    return functions_of("07_speedrun", p=Parameters(image_size=131), HELD_OUT=5000, MIDDLE_SHARE=0.9, MARGIN=32)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 300), st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from([0, 5]))
+def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, images, batch_size, seed, shift):
+    data = chapter_7.OnePass(images, batch_size, seed, middle=True, shift=shift)
+    batches = list(data)
+    assert len(batches) == len(data) == len(data.seconds) == images // batch_size
+    chosen = torch.cat([torch.empty(0, dtype=torch.long), *data.batches])
+    assert len(set(chosen.tolist())) == len(chosen) and not any(chosen >= 55_000)
+    sides = [X.shape[-1] for X, _ in batches]
+    assert all(len(X) == len(y) == batch_size for X, y in batches)
+    assert sides == [67 if number < 0.9 * len(data) else 131 for number in range(len(data))]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(131, 512))
+def test_the_middle_takes_one_ring_of_the_last_map_away(image_size):
+    with torch.device("meta"):
+        convolutions = nn.Sequential(*list(AlexNet(image_size))[:-6])
+        whole, middle = (convolutions(torch.zeros(1, 1, size, size)).shape for size in (image_size, image_size - 64))
+    assert whole[-1] - middle[-1] == 2
+
+
+def test_the_middle_and_the_whole_agree_where_no_padding_reaches(chapter_7):
+    torch.manual_seed(0)
+    maps = nn.Sequential(*list(AlexNet(244))[:3])  # conv1 has no padding
+    X = torch.rand(2, 1, 244, 244)
+    assert torch.allclose(maps(X)[..., 4:-4, 4:-4], maps(X[..., 32:-32, 32:-32]), atol=1e-5)
+
+
+def test_the_outer_ring_starts_without_a_say(chapter_7):
+    net = chapter_7.build(0, middle=True)
+    scores, ring = nn.Sequential(*list(net)[-6:]), net.pool3[1]
+    maps = torch.rand(2, 256, 3, 3)
+    changed = maps.clone()
+    changed[..., 0, :] = changed[..., -1] = 7.0
+    assert torch.equal(scores(maps), scores(changed)) and not torch.equal(scores(maps), scores(2 * maps))
+    assert torch.equal(ring(maps), maps)
+    assert torch.equal(scores(ring(maps[..., 1:2, 1:2])), scores(maps))
+
+
+@given(st.integers(1, 3000))
+def test_the_rate_rises_then_falls_and_is_never_0(chapter_7, steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = chapter_7.warm_up_then_down(optimizer, steps)
+    rates = [schedule.lr_lambdas[0](step) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert rates[top] == 1 and all(0 < rate <= 1 for rate in rates)
+    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_the_running_accuracy_is_that_of_the_last_images(chapter_7):
+    unit = {"images": 100, "accuracy": [0.0] * 5 + [1.0] * 5, "seconds": list(range(11))}
+    found = chapter_7.running_accuracy(unit, window=20)
+    assert found[0] == (20, 2, 0) and found[4] == (60, 6, 0.5) and found[-1] == (100, 10, 1)
 
 
 # ------------------------------------------------------------------------------------------------ as programs
@@ -258,6 +319,7 @@ def test_06_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.parametrize(("notebook", "parameters"), [
     ("02_data_iterator", {}), ("06_remedies", {"steps": 3, "test_images": 20}),
+    ("07_speedrun", {"image_size": 131, "batch_size": 20, "train_images": 100, "test_images": 20}),
     ("04_fixed_lr", {"num_epochs": 0.01, "test_images": 100})])
 def test_fashion_mnist(notebook, parameters, tmp_path):
     process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL | parameters)

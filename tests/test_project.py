@@ -109,19 +109,25 @@ def test_data_readme_has_the_checksums_of_the_files(dataset):
         assert (path.name, md5) in getattr(torchvision.datasets, dataset).resources
 
 
+def record(name):
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
 def test_recorded_runs_are_whole():
-    records = sorted((HERE / "results").glob("*.json"))
-    assert records
+    names = sorted(path.stem for path in (HERE / "results").glob("*.json"))
     described = (HERE / "results/README.md").read_text()
-    for path in records:
-        record = json.loads(path.read_text())
-        if "units" in record:
-            assert all(unit["loss"] and unit["lr"] > 0 for unit in record["units"]) and record["settings"]["steps"]
-        else:
-            history = History.model_validate(record["history"])
+    for name in names:
+        found = record(name)
+        if "units" in found:
+            assert found["settings"]["image_size"] == 244 and all(unit["loss"] for unit in found["units"])
+        elif "history" in found:
+            history = History.model_validate(found["history"])
             assert history.rows[-1].step == len(history.loss)
-        assert {"device", "precision", "threads", "torch", "commit"} <= set(record["environment"])
-        assert path.name in described and "papermill notebooks/" in described
+        else:
+            assert all(found["benchmark"].values())
+        assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
+        assert f"`{name}.json`" in described
+    assert {"04_mnist", "05_mnist", "06_mnist", "07_mnist", "benchmark"} <= set(names)
 
 
 def test_ruff_finds_nothing():
