@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torchvision
 import yaml
 from packaging.requirements import Requirement
 
+import helpers
 from helpers import HERE, History
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -128,6 +130,56 @@ def test_recorded_runs_are_whole():
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
         assert f"`{name}.json`" in described
     assert {"04_mnist", "05_mnist", "06_mnist", "07_mnist", "benchmark"} <= set(names)
+
+
+def speed_table():
+    """The table under "How fast is it?", from the records."""
+    parts = record("benchmark")["benchmark"]
+    rows = ["| on 2 cores, float32 | the article's code | this series | ratio | the machine's roof |",
+            "|---|---|---|---|---|"]
+    for part, title in (("training", "training, batches of 100: images a second"),
+                        ("data", "data iterator: images a second"), ("evaluation", "evaluation: images a second")):
+        rates = {row["what"].split(":")[0]: row["rate"] for row in parts[part]}
+        ours = next(rate for what, rate in rates.items() if what.startswith("helpers."))
+        first = parts[part][0]["rate"]
+        top = f"{rates['roof']:,.0f}: {ours / rates['roof']:.0%} reached" if "roof" in rates else ""
+        rows.append(f"| {title} | {first:,.0f} | {ours:,.0f} | {ours / first:.2f} | {top} |")
+    first, ours = (row["gigabytes"] for row in parts["memory"])
+    rows.append(f"| peak memory of training: GB | {first:.2f} | {ours:.2f} | {ours / first:.2f} | |")
+    return rows
+
+
+def test_the_readmes_table_of_speed_is_the_recorded_one():
+    assert "\n".join(speed_table()) in README
+    machine = record("benchmark")["environment"]
+    assert machine["threads"] == 2 and machine["precision"] == "float32"
+
+
+def prose(name):
+    return "\n".join(cell.source for cell in nbformat.read(HERE / "notebooks" / f"{name}.ipynb", 4).cells
+                     if cell.cell_type == "markdown")
+
+
+def test_figures_quoted_in_prose_are_those_of_the_records():
+    fixed, places, remedies = record("04_mnist"), record("05_mnist")["units"], record("06_mnist")["units"]
+    assert (f"gets {fixed['article_accuracy']:.2f} in the article's way is right on {fixed['test_accuracy']:.2f} of "
+            "the test images") in prose("04_fixed_lr")
+
+    thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
+    told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
+    assert f"its losses are {told}:" in prose("solutions/05_solutions")
+
+    def first_losses(remedy):
+        return [float(unit["loss"][0]) for unit in remedies if unit["remedy"] == remedy]
+
+    patient = "smaller LR, nothing else"
+    missed = next(u for u in remedies if (u["remedy"], u["lr"], u["seed"]) == (patient, 0.0032, 0))
+    text = prose("06_remedies")
+    assert f"reads {missed['test_accuracy']:.0%} of the digits all the same" in text
+    assert f"by {helpers.final_loss(missed['loss']) - 0.9 * math.log(10):.2f} and reads" in text
+    large, usual = (f"{min(losses):.0f} to {max(losses):.0f}"
+                    for losses in map(first_losses, ("input normalisation", patient)))
+    assert f"the first loss is {large} instead of {usual}" in text
 
 
 def test_ruff_finds_nothing():
