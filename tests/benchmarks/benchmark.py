@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +43,12 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def in_turn(contenders, repeats):
-    """{name: [seconds of each repeat]} of callables, measured in turn after one round that does not count."""
+def in_turn(contenders, repeats, clock=seconds):
+    """{name: [clock(contender) of each repeat]}, measured in turn after one round that does not count."""
     times = {name: [] for name in contenders}
     for repeat in tqdm(range(repeats + 1), leave=False, disable=None):
-        for name, work in contenders.items():
-            taken = seconds(work)
+        for name, contender in contenders.items():
+            taken = clock(contender)
             if repeat:
                 times[name].append(taken)
     return times
@@ -64,6 +65,9 @@ def median_rates(times, images):
 def fresh_net(image_size):
     torch.manual_seed(0)
     return init_weights(AlexNet(image_size), "kaiming").to(DEVICE)
+
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # the article's four workers, on two cores
 
 
 def article_loader(options, train):
@@ -181,21 +185,34 @@ def training(options):
 
 
 def data(options):
-    batches = {"the article's loader": endless(article_loader(options, train=True)),
-               "helpers.load_data": endless(load_data(batch_size=options.batch_size, image_size=options.image_size)[0])}
-    count = options.data_batches
+    count = min(options.data_batches, 60_000 // options.batch_size - 1)
+    contenders = {"the article's loader": article_loader(options, train=True),
+                  "helpers.load_data": load_data(batch_size=options.batch_size, image_size=options.image_size)[0],
+                  "roof: writing the tensor": Writer(options)}
 
-    def write():
-        for _ in range(count):
-            torch.ones(options.batch_size, 1, options.image_size, options.image_size, device=DEVICE)
+    def under_way(loader):
+        """Seconds of `count` batches after the first. The workers end with it: idle ones would cook ahead, unpaid."""
+        batches = iter(loader)
+        next(batches)
 
-    def take(iterator):
-        for X, y in itertools.islice(iterator, count):
-            X.to(DEVICE), y.to(DEVICE)
+        def take():
+            for X, y in itertools.islice(batches, count):
+                X.to(DEVICE), y.to(DEVICE)
 
-    contenders = {name: lambda iterator=iterator: take(iterator) for name, iterator in batches.items()}
-    return median_rates(in_turn({**contenders, "roof: writing the tensor": write}, options.repeats),
-                        count * options.batch_size)
+        return seconds(take)
+
+    return median_rates(in_turn(contenders, options.repeats, under_way), count * options.batch_size)
+
+
+class Writer:
+    """Yields batches that cost nothing but the writing of their pixels to fresh memory."""
+
+    def __init__(self, options):
+        self.shape, self.y = (options.batch_size, 1, options.image_size, options.image_size), torch.zeros(1)
+
+    def __iter__(self):
+        while True:
+            yield torch.ones(self.shape, device=DEVICE), self.y
 
 
 def evaluation(options):
@@ -285,7 +302,7 @@ def print_part(part, rows):
     titles = {"training": "training, images a second", "data": "data iterator, images a second",
               "evaluation": "evaluation, images a second", "memory": "peak memory of training, GB",
               "growth": "training step, images a second (and GFLOP/s)"}
-    print(f"\n{titles[part]}")
+    print(f"\n{titles[part]}", flush=True)
     for row in rows:
         if part == "memory":
             print(f"  {row['what']:36s} {row['gigabytes']:9.2f}")
@@ -306,7 +323,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     for name, default in {"repeats": 5, "steps": 1, "batch_size": 100, "image_size": 244, "workers": 4,
-                          "data_batches": 10, "test_images": 10_000 if DEVICE.type == "cuda" else 1000}.items():
+                          "data_batches": 50, "test_images": 10_000 if DEVICE.type == "cuda" else 1000}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=above_0, default=default, help=f"default {default}")
     for name, default in {"batch_sizes": (10, 20, 50, 100, 200, 500),
                           "image_sizes": (124, 164, 204, 244, 324, 404, 484)}.items():
