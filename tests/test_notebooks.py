@@ -171,12 +171,13 @@ def chapter_7():
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(2, 300), st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from([0, 5]))
-def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, images, batch_size, seed, shift):
+@given(st.integers(0, 240), st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from([0, 5]))
+def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, more, batch_size, seed, shift):
+    images = batch_size + more  # the notebook refuses fewer images than a batch
     data = chapter_7.OnePass(images, batch_size, seed, middle=True, shift=shift)
     batches = list(data)
     assert len(batches) == len(data) == len(data.seconds) == images // batch_size
-    chosen = torch.cat([torch.empty(0, dtype=torch.long), *data.batches])
+    chosen = torch.cat(data.batches)
     assert len(set(chosen.tolist())) == len(chosen) and not any(chosen >= 55_000)
     sides = [X.shape[-1] for X, _ in batches]
     assert all(len(X) == len(y) == batch_size for X, y in batches)
