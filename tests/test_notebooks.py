@@ -193,7 +193,7 @@ def test_the_middle_takes_one_ring_of_the_last_map_away(image_size):
     assert whole[-1] - middle[-1] == 2
 
 
-def test_the_middle_and_the_whole_agree_where_no_padding_reaches(chapter_7):
+def test_the_middle_and_the_whole_agree_where_no_padding_reaches():
     torch.manual_seed(0)
     maps = nn.Sequential(*list(AlexNet(244))[:3])  # conv1 has no padding
     X = torch.rand(2, 1, 244, 244)

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -232,29 +233,24 @@ def evaluation(options):
                         options.test_images)
 
 
-def peak_memory(name, options, queue):
-    """Put the peak of a fresh process that trains for two steps, in GB, into queue."""
-    {"the article's loop": article_training, "helpers.train": series_training}[name](options)()
+def peak_memory(contender, options):
+    """The peak of this process, without its loader's workers, once it has trained for two steps, in GB."""
+    contender(options)()
     if DEVICE.type == "cuda":
-        queue.put(torch.cuda.max_memory_allocated() / 1e9)
-        return
+        return torch.cuda.max_memory_allocated() / 1e9
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put(peak / (1e9 if sys.platform == "darwin" else 1e6))  # bytes on macOS, kilobytes elsewhere
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, kilobytes elsewhere
 
 
 def memory(options):
     if sys.platform == "win32" and DEVICE.type != "cuda":
         return []
-    context, rows = multiprocessing.get_context("spawn"), []
-    two_steps = argparse.Namespace(**vars(options) | {"steps": 2})
-    for name in ("the article's loop", "helpers.train"):
-        queue = context.Queue()
-        child = context.Process(target=peak_memory, args=(name, two_steps, queue))
-        child.start()
-        rows.append({"what": name, "gigabytes": queue.get(timeout=600)})
-        child.join()
+    rows, two_steps = [], argparse.Namespace(**vars(options) | {"steps": 2})
+    for name, contender in {"the article's loop": article_training, "helpers.train": series_training}.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            rows.append({"what": name, "gigabytes": fresh.submit(peak_memory, contender, two_steps).result()})
     return rows
 
 
@@ -283,17 +279,15 @@ def one_step(batch_size, image_size, threads_used):
 def growth(options):
     """Rates over one size at a time; the other sizes are the defaults (image sizes and threads: with batches of 20)."""
     usual, few, size = torch.get_num_threads(), min(20, options.batch_size), options.image_size
-    cases = [("batch size", n, (n, size, usual)) for n in options.batch_sizes]
-    cases += [("image size", n, (few, n, usual)) for n in options.image_sizes]
-    cases += [("threads", n, (few, size, n)) for n in sorted({1, usual})]
+    cases = {"batch size": {n: (n, size, usual) for n in options.batch_sizes},
+             "image size": {n: (few, n, usual) for n in options.image_sizes},
+             "threads": {n: (few, size, n) for n in sorted({1, usual})}}
     rows = []
-    for over in ("batch size", "image size", "threads"):
-        contenders = {n: (case, one_step(*case)) for what, n, case in cases if what == over}
-        times = in_turn({n: step for n, (_, step) in contenders.items()}, options.repeats)
-        rates = median_rates(times, {n: case[0] for n, (case, _) in contenders.items()})
-        cost = {n: 3 * sum(2 * a * b * c for a, b, c in layer_products(case[1], 1)) / 1e9
-                for n, (case, _) in contenders.items()}
-        rows += [{**row, "over": over, "gflops": row["rate"] * cost[row["what"]]} for row in rates]
+    for over, sizes in cases.items():
+        times = in_turn({n: one_step(*case) for n, case in sizes.items()}, options.repeats)
+        for row in median_rates(times, {n: case[0] for n, case in sizes.items()}):
+            image = 3 * sum(2 * a * b * c for a, b, c in layer_products(sizes[row["what"]][1], 1)) / 1e9
+            rows.append({**row, "over": over, "gflops": row["rate"] * image})
     return rows
 
 
