@@ -489,10 +489,11 @@ class _LiveFigure:
         if not self.wanted or time.monotonic() - self.drawn < seconds_between:
             return
         figure = history.plot(run=self.run)[0].figure
+        alt = {"image/png": {"alt": "Live curves of the run: the loss, and the accuracy, of each step's batch."}}
         if self.handle is None:
-            self.handle = display.display(figure, display_id=True)
+            self.handle = display.display(figure, display_id=True, metadata=alt)
         else:
-            self.handle.update(figure)
+            self.handle.update(figure, metadata=alt)
         plt.close(figure)
         self.drawn = time.monotonic()
 
