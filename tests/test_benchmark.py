@@ -1,9 +1,12 @@
 """The benchmark runs with tiny sizes, says what it measured, and refuses what makes no sense."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from helpers import HERE
 
@@ -32,6 +35,22 @@ def test_every_part_gives_a_table_and_the_same_as_json(tmp_path):
             assert figure > 0 and str(row["what"]) in done.stdout and f"{figure:.1f}" in done.stdout
     assert [(row["over"], row["what"]) for row in parts["growth"]][:3] == [
         ("batch size", 2), ("batch size", 3), ("image size", 67)]
+
+
+FAT_PARENT = """
+import argparse, torch, benchmark
+ballast = torch.ones(2, 10**9, dtype=torch.uint8)
+rows = benchmark.memory(argparse.Namespace(batch_size=5, image_size=67, workers=0))
+print(max(row["gigabytes"] for row in rows))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no peak is measured there")
+def test_memory_is_that_of_the_training_not_of_the_process_that_asks():
+    done = subprocess.run([sys.executable, "-c", FAT_PARENT], cwd=SCRIPT.parent, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    assert 0.1 < float(done.stdout) < 1.9
 
 
 def test_bad_options_end_with_one_line_that_names_them(tmp_path):

@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import itertools
 import multiprocessing
+import pathlib
+import re
 import statistics
 import sys
 import time
@@ -238,10 +240,12 @@ def peak_memory(contender, options):
     contender(options)()
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss would be that of the parent, if it is larger: a child inherits it
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes
 
 
 def memory(options):
