@@ -294,8 +294,10 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
             pixels = data.data.double() / 255
             mean_and_std = pixels.mean().item(), pixels.std().item()
         count = wanted or len(data)
-        # Spread evenly: the halves of MNIST's test set come from different groups of writers.
-        chosen = torch.arange(count) * len(data) // count
+        # Spread evenly: two groups of people wrote MNIST's digits. In the test set one has the first half, the other
+        # the second; in the training set they take turns, so there a step that is even would meet only one.
+        chosen = torch.linspace(0, len(data) - 1, count).round().long() if train else (
+            torch.arange(count) * len(data) // count)
         iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,
                                        p.seed, mean_and_std, device or find_device()))
     return tuple(iterators)

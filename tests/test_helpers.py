@@ -121,6 +121,14 @@ def test_every_image_comes_once_an_epoch(images, batch_size, seed, epoch):
     assert seen == pytest.approx(sorted((train_iter.images / 255).sum((1, 2)).tolist()), rel=1e-4)
 
 
+@pytest.mark.parametrize("images", [100, 600, 5000, 20_000, 30_000])
+def test_a_part_of_the_training_set_has_its_share_of_both_groups_of_writers(images):
+    odd = {image.numpy().tobytes() for image in helpers.load_dataset("MNIST").data[1::2]}
+    train_iter, _ = load_data(image_size=28, train_images=images, device=CPU)
+    share = sum(image.numpy().tobytes() in odd for image in train_iter.images) / images
+    assert 0.45 < share < 0.55
+
+
 def labels_of(train_iter, epoch, skip=0):
     train_iter.set_epoch(epoch, skip)
     return torch.cat([y for _, y in train_iter])
