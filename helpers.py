@@ -481,23 +481,33 @@ def _replacing(path):
 
 
 class _LiveFigure:
-    """Redraws a History in place while it grows, where there is a notebook to show it."""
+    """Redraws a History in place while it grows, where there is a notebook to show it.
+
+    One figure for the whole run: until a cell ends, Jupyter's backend keeps each figure that the cell made, 3 MB.
+    """
 
     def __init__(self, wanted, run):
-        self.run, self.handle, self.drawn = run, None, 0.0
+        self.run, self.axes, self.drawn, self.pause = run, None, 0.0, 3.0
         self.wanted = wanted and hasattr(get_ipython(), "kernel")
 
-    def update(self, history, seconds_between=3.0):
-        if not self.wanted or time.monotonic() - self.drawn < seconds_between:
+    def update(self, history, seconds_between=None):
+        """Draws, if the last drawing is so many seconds ago; None: so many that drawing takes 1/20 of the time."""
+        start = time.monotonic()
+        if not self.wanted or start - self.drawn < (self.pause if seconds_between is None else seconds_between):
             return
-        figure = history.plot(run=self.run)[0].figure
+        if first := self.axes is None:
+            figure, self.axes = plt.subplots(1, 2, figsize=(9, 3))
+            plt.close(figure)  # or the end of the cell would show it once more
+        for axis in self.axes:
+            axis.clear()
+        figure = history.plot(self.axes, run=self.run)[0].figure
         alt = {"image/png": {"alt": "Live curves of the run: the loss, and the accuracy, of each step's batch."}}
-        if self.handle is None:
+        if first:
             self.handle = display.display(figure, display_id=True, metadata=alt)
         else:
             self.handle.update(figure, metadata=alt)
-        plt.close(figure)
         self.drawn = time.monotonic()
+        self.pause = max(3.0, 20 * (self.drawn - start))
 
 
 def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=torch.optim.SGD, scheduler=None,

@@ -244,6 +244,30 @@ def results_of(process, folder):
 
 SMALL = {"image_size": 67, "batch_size": 50}
 
+LIVE = """
+import gc, sys
+sys.path.insert(0, {folder!r})
+import helpers
+from matplotlib.figure import Figure
+live, history = helpers._LiveFigure(True, "C"), helpers.History()
+for loss in range(1, 6):
+    history.loss.append(loss)
+    history.accuracy.append(0.5)
+    live.update(history, seconds_between=0)
+gc.collect()
+print(sum(type(thing) is Figure for thing in gc.get_objects()), "figure")
+"""
+
+
+def test_a_live_figure_drawn_often_is_one_figure_shown_once(tmp_path):
+    cell = nbformat.v4.new_code_cell(LIVE.format(folder=str(HERE)))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "in.ipynb")
+    subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "in.ipynb", "out.ipynb"], cwd=tmp_path,
+                   check=True, capture_output=True, timeout=300)
+    outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
+    assert [output.output_type for output in outputs].count("display_data") == 1
+    assert "".join(output.get("text", "") for output in outputs) == "1 figure\n"
+
 
 def test_03_dies_by_default_and_lives_at_the_small_rate_also_on_fashion_mnist(tmp_path):
     results = results_of(papermill("03_failing_lr", tmp_path, max_steps=6, **SMALL), tmp_path)
