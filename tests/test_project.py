@@ -120,7 +120,11 @@ def test_recorded_runs_are_whole():
     described = (HERE / "results/README.md").read_text()
     for name in names:
         found = record(name)
-        if name.startswith("07"):  # its lines say which rate; it notes the clock before each step, and at the end
+        if name.startswith("benchmark"):
+            rows = [row for part in found["benchmark"].values() for row in part]
+            assert all(row.get("rate", row.get("gigabytes")) > 0 for row in rows)
+            assert found["parameters"]["repeats"] >= 5 and found["parameters"]["batch_size"] == 100
+        elif name.startswith("07"):  # its lines say which rate; it notes the clock before each step, and at the end
             assert all(unit["images"] > 0 and len(unit["seconds"]) == len(unit["loss"]) + 1 > 1
                        for unit in found["units"]) and found["settings"]["image_size"] == 244
         elif "units" in found:
@@ -129,8 +133,9 @@ def test_recorded_runs_are_whole():
             history = History.model_validate(found["history"])
             assert history.rows[-1].step == len(history.loss)
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
-        assert f"`{name}.json`" in described and "papermill notebooks/" in described
-    assert {"04_mnist", "05_mnist", "06_mnist", "07_mnist"} <= set(names)
+        assert re.search(rf"`{name}\.json`.*results/{name}\.json", described), "its command"
+    assert {"04_mnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
+            "benchmark_memory"} <= set(names)
 
 
 def prose(name):
@@ -158,6 +163,31 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     large, usual = (f"{min(losses):.0f} to {max(losses):.0f}"
                     for losses in map(first_losses, ("input normalisation", patient)))
     assert f"the first loss is {large} instead of {usual}" in text
+
+
+def speed_table():
+    """The table under "How fast is it?", from the records."""
+    def told(rate):
+        return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+    parts = record("benchmark")["benchmark"]
+    rows = ["| two cores, float32 | the article's code | this series | ratio | the machine's roof |",
+            "|---|---|---|---|---|"]
+    for part, title in (("training", "training in batches of 100, images a second"),
+                        ("data", "data iterator, images a second"), ("evaluation", "testing, images a second")):
+        rates = {row["what"].split(":")[0]: row["rate"] for row in parts[part]}
+        first, ours = parts[part][0]["rate"], rates[next(what for what in rates if what.startswith("helpers."))]
+        roof = f"{told(rates['roof'])}; {ours / rates['roof']:.0%} reached" if "roof" in rates else ""
+        rows.append(f"| {title} | {told(first)} | {told(ours)} | {ours / first:.2f} | {roof} |")
+    first, ours = (row["gigabytes"] for row in record("benchmark_memory")["benchmark"]["memory"])
+    return [*rows, f"| peak memory of training, GB | {first:.2f} | {ours:.2f} | {ours / first:.2f} | |"]
+
+
+def test_the_readmes_table_of_speed_is_the_recorded_one():
+    assert "\n".join(speed_table()) in README
+    for name in ("benchmark", "benchmark_memory"):
+        machine = record(name)["environment"]
+        assert machine["threads"] == 2 and machine["precision"] == "float32"
 
 
 def test_ruff_finds_nothing():
