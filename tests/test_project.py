@@ -134,7 +134,7 @@ def test_recorded_runs_are_whole():
             assert history.rows[-1].step == len(history.loss)
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
         assert re.search(rf"`{name}\.json`.*results/{name}\.json", described), "its command"
-    assert {"04_mnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
+    assert {"04_mnist", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
             "benchmark_memory"} <= set(names)
 
 
@@ -147,6 +147,9 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     fixed, places, remedies = record("04_mnist"), record("05_mnist")["units"], record("06_mnist")["units"]
     assert (f"gets {fixed['article_accuracy']:.2f} in the article's way is right on {fixed['test_accuracy']:.2f} of "
             "the test images") in prose("04_fixed_lr")
+
+    tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
+    assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
 
     thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
