@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import HERE, AlexNet, Parameters
+from helpers import HERE, AlexNet, Parameters, Sweep
 
 FOLDER = HERE / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("*.ipynb"))
@@ -165,21 +165,43 @@ def test_the_bisected_critical_rate_of_a_quadratic_is_two_over_lambda(chapter_5,
 
 @pytest.fixture(scope="module")
 def chapter_7():
-    return functions_of("07_speedrun", p=Parameters(image_size=131), HELD_OUT=5000, MIDDLE_SHARE=0.9, MARGIN=32)
+    drawn = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+    return functions_of("07_speedrun", p=Parameters(image_size=131), HELD_OUT=5000, DRAWN=drawn, MIDDLE_SHARE=0.9,
+                        MARGIN=32)
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 240), st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from([0, 5]))
-def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, more, batch_size, seed, shift):
+@given(st.integers(0, 240), st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from([0, 5]), st.booleans())
+def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, more, batch_size, seed, shift, drawn):
     images = batch_size + more  # the notebook refuses fewer images than a batch
-    data = chapter_7.OnePass(images, batch_size, seed, middle=True, shift=shift)
+    data = chapter_7.OnePass(images, batch_size, seed, middle=True, shift=shift, drawn=drawn)
     batches = list(data)
     assert len(batches) == len(data) == len(data.seconds) == images // batch_size
     chosen = torch.cat(data.batches)
-    assert len(set(chosen.tolist())) == len(chosen) and not any(chosen >= 55_000)
+    held_out = set(data.places[-5000:].tolist())
+    assert len(set(chosen.tolist())) == len(chosen) and held_out.isdisjoint(chosen.tolist())
+    assert len(held_out) == 5000 and (held_out == set(range(55_000, 60_000))) is not drawn
     sides = [X.shape[-1] for X, _ in batches]
     assert all(len(X) == len(y) == batch_size for X, y in batches)
     assert sides == [67 if number < 0.9 * len(data) else 131 for number in range(len(data))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0.97, 1), min_size=3, max_size=3))
+def test_a_speedrun_opens_the_test_set_only_for_what_held_out_images_chose(shares):
+    judged, table = dict(zip((5000, 7000, 9000), shares, strict=True)), Sweep()
+    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), HELD_OUT=5000, CANDIDATES=tuple(judged), GOALS=(0.98,),
+                           CHOOSER=12345, LINES={"first": {}, "last": {}}, SIDEWAYS={}, LAST="last", TRIAL=3000,
+                           FIRST_TRY=5000, table=table)
+    for unit in chapter.all_units():
+        table(lambda images, **_: {"held_out": judged.get(images, 0.9)}, **unit)
+    margin = math.sqrt(0.98 * 0.02 / 5000)
+    good = [images for images, share in judged.items() if share >= 0.98 + margin]
+    second = [unit for unit in table.units if "drawn" in unit]
+    tested = [(unit["images"], unit["seed"]) for unit in second if "tested" in unit]
+    assert tested == ([(good[0], 0), (good[0], 1)] if good else [])
+    tried = [unit["images"] for unit in second if "tested" not in unit]
+    assert tried == [images for images in judged if not good or images <= good[0]]
 
 
 @settings(max_examples=50, deadline=None)
