@@ -135,7 +135,7 @@ def test_recorded_runs_are_whole():
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
         assert re.search(rf"`{name}\.json`.*results/{name}\.json", described), "its command"
     assert {"04_mnist", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
-            "benchmark_memory"} <= set(names)
+            "benchmark_memory", "benchmark_memory_kept"} <= set(names)
 
 
 def prose(name):
@@ -150,6 +150,12 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
 
     tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
     assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
+
+    drawn = {unit["images"]: unit["held_out"] for unit in record("07_mnist")["units"]
+             if unit.get("drawn") and "tested" not in unit}
+    text = prose("07_speedrun")
+    assert f"5,000 images come to {drawn[5000]:.3f}" in text
+    assert f"with 20,000 images {drawn[20_000]:.3f} of the held-out images" in text
 
     thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
