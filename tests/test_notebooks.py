@@ -190,7 +190,7 @@ def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, mo
 @given(st.lists(st.floats(0.97, 1), min_size=3, max_size=3))
 def test_a_speedrun_opens_the_test_set_only_for_what_held_out_images_chose(shares):
     judged, table = dict(zip((5000, 7000, 9000), shares, strict=True)), Sweep()
-    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), HELD_OUT=5000, CANDIDATES=tuple(judged), GOALS=(0.98,),
+    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), CANDIDATES=tuple(judged), GOALS=(0.98,),
                            CHOOSER=12345, LINES={"first": {}, "last": {}}, SIDEWAYS={}, LAST="last", TRIAL=3000,
                            FIRST_TRY=5000, table=table)
     for unit in chapter.all_units():
