@@ -38,7 +38,7 @@ from IPython import display, get_ipython
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json, to_jsonable_python
 from torch import distributed, nn
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import DistributedSampler
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
@@ -238,7 +238,6 @@ class ImageIterator:
             self.sampler = DistributedSampler(labels, self.ranks, self.rank, shuffle=True, seed=seed << 20)
         else:  # a DistributedSampler repeats images to fill up the last share: wrong where one counts
             self.sampler = range(self.rank, len(labels), self.ranks)
-        self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
         self.set_epoch(0)
 
     def __repr__(self):
@@ -246,7 +245,7 @@ class ImageIterator:
                 f"{self.image_size} pixels, batches of {self.batch_size}, seed {self.seed})")
 
     def __len__(self):
-        return len(self.batches)
+        return math.ceil(len(self.sampler) / self.batch_size)
 
     def set_epoch(self, epoch, skip=0):
         """The next pass is epoch number `epoch`, without its first `skip` batches."""
@@ -257,8 +256,9 @@ class ImageIterator:
             self.sampler.set_epoch(self.epoch)
         skip = self.skip
         self.set_epoch(self.epoch + 1)
-        for indices in itertools.islice(self.batches, skip, None):
-            yield self.take(torch.tensor(indices))
+        order = torch.tensor(list(self.sampler), device=self.images.device)  # at once: a GPU waits for each copy
+        for indices in order.split(self.batch_size)[skip:len(self)]:
+            yield self.take(indices)
 
     def take(self, indices):
         """The batch (X, y) of these images; indices int64 (batch,)."""
@@ -401,6 +401,20 @@ class History(BaseModel):
     accuracy: list[float] = []  # of each step's batch
     rows: list[Row] = []
     diverged_at: int | None = None  # the first step with a loss that is not finite
+
+    def read(self, unread, stop_at_nonfinite):
+        """Moves the (loss, accuracy) of steps, tensors (2,), from the list `unread` to the end of the history.
+
+        With stop_at_nonfinite up to the first loss that is inf or NaN; the steps after it are dropped.
+        """
+        for loss, accuracy in torch.stack(unread).tolist():
+            self.loss.append(loss)
+            self.accuracy.append(accuracy)
+            if self.diverged_at is None and not math.isfinite(loss):
+                self.diverged_at = len(self.loss)
+                if stop_at_nonfinite:
+                    break
+        unread.clear()
 
     def plot(self, axes=None, run="C", label=None):
         """Loss (log scale, up to the last finite one) and accuracy over steps; returns the two axes."""
@@ -545,6 +559,9 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     saved = _Checkpoint(checkpoint, f"{net}\n{type(optimizer).__name__}, {type(scheduler).__name__}, lr {p.lr}, {data}",
                         {"net": net, "optimizer": optimizer, "scheduler": scheduler})
     history, figure = saved.load(), _LiveFigure(live, run)
+    read_every = _fuse(optimizer, device)
+    read_at = read_every, checkpoint_every, log_every or read_every
+    unread = []  # (loss, accuracy) of the last steps, still on the device
     step, total = len(history.loss), max(1, round(p.num_epochs * len(train_iter)))
     figure.update(history)  # above the bar
 
@@ -557,19 +574,21 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                     logits = net(X).float()
                     loss = loss_fn(logits, y)
                 step += 1
-                history.loss.append(loss.item())
-                history.accuracy.append((logits.argmax(1) == y).float().mean().item())
-                if history.diverged_at is None and not math.isfinite(history.loss[-1]):
-                    history.diverged_at = step
-                    if stop_at_nonfinite:
+                unread.append(torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()]))
+                if step == total or any(step % steps == 0 for steps in read_at):
+                    history.read(unread, stop_at_nonfinite)
+                    if history.diverged_at and stop_at_nonfinite:
                         break
+                if read_every > 1 and stop_at_nonfinite:
+                    optimizer.found_inf.masked_fill_(~loss.isfinite(), 1)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 if scheduler:
                     scheduler.step()
 
-                bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
+                if history.loss:
+                    bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
                 bar.update()
                 if log_every and (step % log_every == 0 or step == total):
                     window = slice((step - 1) // log_every * log_every, step)
@@ -585,6 +604,27 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     optimizer.zero_grad()  # the gradients take as much memory as the weights
     figure.update(history, seconds_between=0)
     return history
+
+
+# Steps between two looks at the loss. A look makes the processor wait for a GPU, which then waits for the next step;
+# on a CPU it costs nothing.
+READ_EVERY = {"cuda": 20}
+
+
+def _fuse(optimizer, device):
+    """The steps between two looks at the loss with this optimizer; it is fused if they are more than one.
+
+    A fused optimizer does nothing while its `found_inf` is 1 (torch's GradScaler works so): the device itself keeps
+    the weights that gave the first loss that is not finite, until somebody looks.
+    """
+    read_every = READ_EVERY.get(device.type, 1)
+    begun_unfused = optimizer.state and not all(group.get("fused") for group in optimizer.param_groups)
+    if read_every == 1 or "fused" not in optimizer.defaults or begun_unfused:
+        return 1
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    optimizer.found_inf = torch.zeros((), device=device)
+    return read_every
 
 
 def _remaining_batches(train_iter, step):

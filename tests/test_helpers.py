@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
 import helpers
@@ -389,6 +391,54 @@ def test_a_diverging_run(stop):
     assert history.diverged_at == 2 and not math.isfinite(history.loss[1])
     assert len(history.loss) == (2 if stop else 5) and len(history.rows) == (1 if stop else 5)
     assert all(w.isfinite().all() for w in net.parameters()) == stop
+
+
+OPTIMIZERS = {"SGD": torch.optim.SGD, "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
+              "Adam": torch.optim.Adam, "RMSprop": torch.optim.RMSprop}  # the last has no fused form
+
+
+class Looks(TorchFunctionMode):
+    """Counts how often a number is fetched from a tensor: on a GPU the processor waits for it."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__)
+        return function(*args, **kwargs or {})
+
+
+def read_every(steps, monkeypatch, start, lr, optimizer):
+    """(history, weights, looks) of a run of 120 steps whose losses are read every `steps` steps, as on a GPU."""
+    monkeypatch.setitem(helpers.READ_EVERY, "cpu", steps)
+    net = copy.deepcopy(start)
+    with Looks() as looks:
+        history = train(net, digits(batch_size=5)[0], None, 1, lr, optimizer=optimizer, log_every=50, progress=False)
+    return history, list(net.parameters()), looks.count
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_losses_read_late_are_the_same_and_cost_fewer_looks(monkeypatch, name):
+    torch.manual_seed(0)
+    net = init_weights(LeNet(), "normal")
+    (usual, weights, many), (late, late_weights, few) = (
+        read_every(steps, monkeypatch, net, 0.001, OPTIMIZERS[name]) for steps in (1, 20))
+    assert late.loss == pytest.approx(usual.loss, rel=1e-3) and late.accuracy == pytest.approx(usual.accuracy)
+    assert [row.step for row in late.rows] == [50, 100, 120]
+    for weight, late_weight in zip(weights, late_weights, strict=True):
+        torch.testing.assert_close(late_weight, weight, rtol=1e-3, atol=1e-4)
+    assert many >= 120 and (few <= 10 or name == "RMSprop")  # at 20, 40, 50, 60, 80, 100, 120, and the epoch's order
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loss_read_late_has_the_weights_that_gave_it(monkeypatch, name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Linear(10, 10), nn.Linear(10, 10))
+    (usual, weights, _), (late, late_weights, _) = (
+        read_every(steps, monkeypatch, net, 1e12, OPTIMIZERS[name]) for steps in (1, 20))
+    assert late.diverged_at == usual.diverged_at == len(late.loss) > 1
+    for weight, late_weight in zip(weights, late_weights, strict=True):
+        assert late_weight.isfinite().all()
+        torch.testing.assert_close(late_weight, weight)
 
 
 def test_same_seed_same_curve():

@@ -320,8 +320,9 @@ def arguments():
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    for name, default in {"repeats": 5, "steps": 1, "batch_size": 100, "image_size": 244, "workers": 4,
-                          "data_batches": 50, "test_images": 10_000 if DEVICE.type == "cuda" else 1000}.items():
+    on_gpu = DEVICE.type == "cuda"
+    for name, default in {"repeats": 5, "steps": 20 if on_gpu else 1, "batch_size": 100, "image_size": 244,
+                          "workers": 4, "data_batches": 50, "test_images": 10_000 if on_gpu else 1000}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=above_0, default=default, help=f"default {default}")
     for name, default in {"batch_sizes": (10, 20, 50, 100, 200, 500),
                           "image_sizes": (124, 164, 204, 244, 324, 404, 484)}.items():
