@@ -134,7 +134,7 @@ def test_recorded_runs_are_whole():
             assert history.rows[-1].step == len(history.loss)
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
         assert re.search(rf"`{name}\.json`.*results/{name}\.json", described), "its command"
-    assert {"04_mnist", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
+    assert {"04_mnist", "04_mnist_200", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
             "benchmark_memory", "benchmark_memory_kept"} <= set(names)
 
 
@@ -144,9 +144,16 @@ def prose(name):
 
 
 def test_figures_quoted_in_prose_are_those_of_the_records():
-    fixed, places, remedies = record("04_mnist"), record("05_mnist")["units"], record("06_mnist")["units"]
+    places, remedies = record("05_mnist")["units"], record("06_mnist")["units"]
+    fixed, whole = record("04_mnist_200"), record("04_mnist")
+    assert whole["history"]["loss"][:200] == fixed["history"]["loss"], "one is the beginning of the other"
+    text, rows = prose("04_fixed_lr"), whole["history"]["rows"]
     assert (f"gets {fixed['article_accuracy']:.2f} in the article's way is right on {fixed['test_accuracy']:.2f} of "
-            "the test images") in prose("04_fixed_lr")
+            "the test images") in text
+    promised = next(row["step"] for row in rows if row["test_accuracy"] >= fixed["article_accuracy"] - 1e-6)
+    assert f"What that column promised comes true after {promised:,} steps." in text
+    assert (f"the false measure says {whole['article_accuracy']:.2f}, and the truth is "
+            f"{whole['test_accuracy']:.3f}") in text
 
     tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
     assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
