@@ -152,8 +152,9 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
             "the test images") in text
     promised = next(row["step"] for row in rows if row["test_accuracy"] >= fixed["article_accuracy"] - 1e-6)
     assert f"What that column promised comes true after {promised:,} steps." in text
-    assert (f"the false measure says {whole['article_accuracy']:.2f}, and the truth is "
-            f"{whole['test_accuracy']:.3f}") in text
+    assert (f"the false measure says {whole['article_accuracy']:.2f}, and the truth is {whole['test_accuracy']:.3f}: "
+            f"a hundred of a hundred, where the network really misses {round(1e4 * (1 - whole['test_accuracy']))} of "
+            "10,000") in text
 
     tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
     assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
