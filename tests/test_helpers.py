@@ -662,12 +662,16 @@ def test_results_are_whole_json_or_nothing(tmp_path):
     assert path.read_text() == before and os.listdir(tmp_path) == ["run.json"]
 
 
-def test_precision_is_bfloat16_only_where_the_hardware_has_it():
+@pytest.mark.parametrize(("features", "precision"), [
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),  # a third slower there
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32), ({}, torch.float32)])
+def test_precision_is_bfloat16_only_where_the_hardware_is_faster_with_it(monkeypatch, features, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert helpers.find_precision(CPU) == precision
     assert helpers.find_precision(CPU, "bfloat16") == torch.bfloat16
     assert helpers.find_precision(CPU, "float32") == torch.float32
-    features = getattr(torch.cpu, "get_capabilities", dict)()
-    native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    assert (helpers.find_precision(CPU) == torch.bfloat16) == native
     with pytest.raises(ValueError, match="precision"):
         helpers.find_precision(CPU, "half")
 
