@@ -30,7 +30,7 @@ from tqdm import tqdm
 import helpers
 from helpers import AlexNet, init_weights, load_data, load_dataset
 
-PARTS = ("training", "data", "evaluation", "memory", "growth")
+PARTS = ("training", "precision", "data", "evaluation", "memory", "growth")
 DEVICE = helpers.find_device()
 PRECISION = helpers.find_precision(DEVICE)
 
@@ -131,14 +131,14 @@ def reference_training(options):
     return steps
 
 
-def series_training(options):
+def series_training(options, precision="auto"):
     """`helpers.train` on `helpers.load_data`."""
     net = fresh_net(options.image_size)
     train_iter, _ = load_data(batch_size=options.batch_size, image_size=options.image_size)
 
     def steps():
         helpers.train(net, train_iter, None, options.steps / len(train_iter), 0.001, log_every=None, progress=False,
-                      live=False)
+                      live=False, precision=precision)
 
     return steps
 
@@ -185,6 +185,11 @@ def training(options):
     # by itself: its operands take as much memory as all the contenders
     times["roof: matrix products"] = in_turn({"roof": roof(options)}, options.repeats)["roof"]
     return median_rates(times, {**dict.fromkeys(contenders, images), "roof: matrix products": options.batch_size})
+
+
+def precision(options):
+    contenders = {f"helpers.train in {name}": series_training(options, name) for name in ("float32", "bfloat16")}
+    return median_rates(in_turn(contenders, options.repeats), options.steps * options.batch_size)
 
 
 def data(options):
@@ -297,7 +302,8 @@ def growth(options):
 
 # ----------------------------------------------------------------------------------------------------- table
 def print_part(part, rows):
-    titles = {"training": "training, images a second", "data": "data iterator, images a second",
+    titles = {"training": "training, images a second", "precision": "training by precision, images a second",
+              "data": "data iterator, images a second",
               "evaluation": "evaluation, images a second", "memory": "peak memory of training, GB",
               "growth": "training step, images a second (and GFLOP/s)"}
     print(f"\n{titles[part]}", flush=True)
@@ -348,7 +354,7 @@ def main():
     for name, value in environment.items():
         print(f"{name:12s} {value}")
     if PRECISION == torch.float32:
-        print("no native bfloat16 here: every contender, and the roof, multiplies in float32")
+        print("bfloat16 is not the faster arithmetic here: but for the part precision, all multiply in float32")
     results = {}
     for part in options.parts:
         results[part] = globals()[part](options)
