@@ -108,6 +108,8 @@ class Parameters(BaseModel):
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
     sweep: Annotated[str, AfterValidator(_writable)] = Field(
         "", description="'' or a file in a folder that exists and can be written")
+    second_sweep: Annotated[str, AfterValidator(_writable)] = Field(
+        "", description="'' or a file in a folder that exists and can be written")
     results_path: Annotated[str, AfterValidator(_writable)] = Field(
         "", description="'' or a file in a folder that exists and can be written")
     checkpoint: Annotated[str, AfterValidator(_writable)] = Field(
@@ -123,7 +125,7 @@ def check_parameters(**given):
         return Parameters(**given)
     except (ValidationError, OSError) as error:
         if isinstance(error, OSError):  # from _writable: say which of the paths it was
-            name = next(n for n in ("sweep", "results_path", "checkpoint") if given.get(n))
+            name = next(n for n in ("sweep", "second_sweep", "results_path", "checkpoint") if given.get(n))
         else:
             name = error.errors()[0]["loc"][0]
         field = Parameters.model_fields.get(name)

@@ -203,6 +203,46 @@ def test_a_speedrun_opens_the_test_set_only_for_what_held_out_images_chose(share
     assert tried == [images for images in judged if not good or images <= good[0]]
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0.97, 1), min_size=6, max_size=6))
+def test_a_speedrun_that_chooses_its_images_is_tested_only_where_the_choosers_mean_is_enough(shares):
+    judged, second = dict(zip(((n, seed) for n in (4, 7, 14) for seed in (1, 2)), shares, strict=True)), Sweep()
+    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), FEWER=(4, 7, 14), GOALS=(0.98, 0.99), LAST="last",
+                           CHOOSERS=(1, 2), CHOSEN="chosen", TRIAL=3000, second=second)
+    for unit in chapter.second_units():
+        second(lambda images, seed, **_: {"held_out": judged.get((images, seed), 0.5)}, **unit)
+    enough = [next((n for n in (4, 7, 14) if judged[n, 1] + judged[n, 2] >= 2 * goal), None) for goal in (0.98, 0.99)]
+    assert [chapter.fewest(goal) for goal in (0.98, 0.99)] == enough
+    tested = {(unit["images"], unit["seed"]) for unit in second.units if unit.get("tested")}
+    assert tested == {(images, seed) for images in enough if images for seed in (0, 1)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 50), st.integers(0, 60), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_7, images, more, share, seed):
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:images + more]
+    losses = torch.rand(200)
+    source = types.SimpleNamespace(images=losses, labels=losses)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
+                      lambda images, labels, seed: types.SimpleNamespace(losses=images))
+        chosen = chapter_7.choose(source, order, images, share, seed).tolist()
+    assert len(set(chosen)) == len(chosen) == images
+    places = [order.tolist().index(image) for image in chosen]
+    assert places == sorted(places)
+    hardest = order[losses[order].argsort(descending=True)][:round(share * images)]
+    assert set(hardest.tolist()) <= set(chosen)
+
+
+def test_a_small_network_finds_wrong_labels_hard(chapter_7):
+    source = chapter_7.load_data(train_images=6000)[0]
+    labels = source.labels.clone()
+    labels[::100] = (labels[::100] + 1) % 10
+    losses = chapter_7.ask_small_network(source.images, labels, 0).losses
+    assert losses.shape == (6000,)
+    assert losses[::100].median() > 20 * losses.median() and (losses[::100] > losses.median()).float().mean() > 0.9
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(131, 512))
 def test_the_middle_takes_one_ring_of_the_last_map_away(image_size):

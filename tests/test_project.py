@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 
@@ -134,8 +135,8 @@ def test_recorded_runs_are_whole():
             assert history.rows[-1].step == len(history.loss)
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
         assert re.search(rf"`{name}\.json`.*results/{name}\.json", described), "its command"
-    assert {"04_mnist", "04_mnist_200", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "benchmark",
-            "benchmark_memory", "benchmark_memory_kept"} <= set(names)
+    assert {"04_mnist", "04_mnist_200", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "07_mnist_chosen",
+            "benchmark", "benchmark_memory", "benchmark_memory_kept", "benchmark_xeon"} <= set(names)
 
 
 def prose(name):
@@ -165,6 +166,18 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     assert f"5,000 images come to {drawn[5000]:.3f}" in text
     assert (f"with 20,000 images {drawn[20_000]:.3f} of the held-out images are right, and with 30,000 "
             f"{drawn[30_000]:.4f}") in text
+
+    assert (f"fell from {1 - drawn[5000]:.1%} to {1 - drawn[30_000]:.1%}") in text
+    chosen = [unit for unit in record("07_mnist_chosen")["units"] if unit["line"] == "+ images chosen"]
+    right = [round(5000 * unit["held_out"]) for unit in chosen if unit["images"] == 7000 and "tested" not in unit]
+    assert right == [4950, 4950] and "right on 4,950 of the 5,000 held-out images, both of them" in text
+    assert drawn[30_000] < 0.99 and "as good on the held-out images as 30,000 drawn at random" in text
+    tested = {images: [unit for unit in chosen if unit["images"] == images and "tested" in unit]
+              for images in (4000, 7000)}
+    for images, units in tested.items():
+        accuracy, seconds = (statistics.fmean(values) for values in (
+            [unit["test_accuracy"] for unit in units], [unit["seconds"][-1] for unit in units]))
+        assert f"{accuracy:.2%} of the test images right after {images:,} training images and {seconds:.0f} s" in README
 
     thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
