@@ -144,8 +144,8 @@ def find_precision(device, precision="auto"):
     """The dtype to multiply in: for "auto" bfloat16 where the hardware is faster with it, else float32.
 
     A processor without bfloat16 instructions emulates them, and is much slower than with float32. Having them is not
-    enough: AMD's AVX-512 multiplies twice as fast with them; Intel's needs AMX beside it, and is a quarter slower
-    without (results/benchmark_xeon.json).
+    enough: AMD's AVX-512 multiplies twice as fast with them; Intel's needs AMX beside it, and is slower than with
+    float32 without (results/benchmark_xeon.json).
     """
     if precision != "auto":
         return getattr(torch, check_parameters(precision=precision).precision)

@@ -665,7 +665,7 @@ def test_results_are_whole_json_or_nothing(tmp_path):
 @pytest.mark.parametrize(("features", "precision"), [
     ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
     ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
-    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),  # a quarter slower there
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),  # slower there
     ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32), ({}, torch.float32)])
 def test_precision_is_bfloat16_only_where_the_hardware_is_faster_with_it(monkeypatch, features, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
