@@ -207,8 +207,9 @@ def test_a_speedrun_opens_the_test_set_only_for_what_held_out_images_chose(share
 @given(st.lists(st.integers(4850, 5000), min_size=6, max_size=6))
 def test_a_speedrun_that_chooses_its_images_is_tested_only_where_the_choosers_mean_is_enough(right):
     judged, second = dict(zip(((n, seed) for n in (4, 7, 14) for seed in (1, 2)), right, strict=True)), Sweep()
-    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), FEWER=(4, 7, 14), GOALS=(0.98, 0.99), LAST="last",
-                           CHOOSERS=(1, 2), CHOSEN="chosen", TRIAL=3000, second=second)
+    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), FEWER=(4, 7, 14), GOALS=(0.98, 0.99),
+                           SHORT=("last", "chosen"), SHARES={"half": 0.5, "chosen": 0.8}, CHOOSERS=(1, 2),
+                           CHOSEN="chosen", TRIAL=3000, second=second)
     for unit in chapter.second_units():
         # as evaluate gives it, a share in float32
         second(lambda images, seed, **_: {"held_out": (torch.tensor(judged.get((images, seed), 0.0)) / 5000).item()},
@@ -217,6 +218,7 @@ def test_a_speedrun_that_chooses_its_images_is_tested_only_where_the_choosers_me
     assert [chapter.fewest(goal) for goal in (0.98, 0.99)] == enough
     tested = {(unit["images"], unit["seed"]) for unit in second.units if unit.get("tested")}
     assert tested == {(images, seed) for images in enough if images for seed in (0, 1)}
+    assert all(second.find(line=line, images=3000, seed=seed) for line in ("half", "chosen") for seed in (0, 1))
 
 
 @settings(max_examples=30, deadline=None)
