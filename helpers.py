@@ -300,7 +300,7 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
             mean_and_std = pixels.mean().item(), pixels.std().item()
         count = wanted or len(data)
         # Spread evenly: two groups of people wrote MNIST's digits. In the test set one has the first half, the other
-        # the second; in the training set they take turns, so there a step that is even would meet only one.
+        # the second; in the training set they seem to take turns (notebook 7), and an even step would meet only one.
         chosen = torch.linspace(0, len(data) - 1, count).round().long() if train else (
             torch.arange(count) * len(data) // count)
         iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,

@@ -229,7 +229,7 @@ def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_7, 
     source = types.SimpleNamespace(images=losses, labels=losses)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
-                      lambda images, labels, seed: types.SimpleNamespace(losses=images))
+                      lambda images, labels, seed: (None, types.SimpleNamespace(losses=images)))
         chosen = chapter_7.choose(source, order, images, share, seed).tolist()
     assert len(set(chosen)) == len(chosen) == images
     places = [order.tolist().index(image) for image in chosen]
@@ -243,7 +243,7 @@ def test_no_image_is_chosen_twice_where_all_are_wanted(chapter_7):
     source = types.SimpleNamespace(images=torch.rand(60), labels=order)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
-                      lambda images, labels, seed: types.SimpleNamespace(losses=images))
+                      lambda images, labels, seed: (None, types.SimpleNamespace(losses=images)))
         for images in (0, 60, 70):
             assert torch.equal(chapter_7.choose(source, order, images, 0.8, 0), order)
 
@@ -252,7 +252,7 @@ def test_a_small_network_finds_wrong_labels_hard(chapter_7):
     source = chapter_7.load_data(train_images=6000)[0]
     labels = source.labels.clone()
     labels[::100] = (labels[::100] + 1) % 10
-    losses = chapter_7.ask_small_network(source.images, labels, 0).losses
+    losses = chapter_7.ask_small_network(source.images, labels, 0)[1].losses
     assert losses.shape == (6000,)
     assert losses[::100].median() > 20 * losses.median() and (losses[::100] > losses.median()).float().mean() > 0.9
 
