@@ -73,13 +73,20 @@ def _refuse(name, value, allowed):
 
 def _writable(path):
     """'' or a path whose folder takes a new file."""
-    target = pathlib.Path(path)
-    if path and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError
     if path:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
+        target = pathlib.Path(path)
+        try:
+            if target.is_dir():
+                raise ValueError
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError:  # from here, pydantic would not say which parameter it was
+            raise ValueError from None
     return path
+
+
+_NewFile = Annotated[str, AfterValidator(_writable),
+                     Field(description="'' or a file in a folder that exists and can be written")]
 
 
 class Parameters(BaseModel):
@@ -106,14 +113,10 @@ class Parameters(BaseModel):
     steps: int = Field(10, ge=3, le=100_000, description="a whole number from 3 to 100000")
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
-    sweep: Annotated[str, AfterValidator(_writable)] = Field(
-        "", description="'' or a file in a folder that exists and can be written")
-    second_sweep: Annotated[str, AfterValidator(_writable)] = Field(
-        "", description="'' or a file in a folder that exists and can be written")
-    results_path: Annotated[str, AfterValidator(_writable)] = Field(
-        "", description="'' or a file in a folder that exists and can be written")
-    checkpoint: Annotated[str, AfterValidator(_writable)] = Field(
-        "", description="'' or a file in a folder that exists and can be written")
+    sweep: _NewFile = ""
+    second_sweep: _NewFile = ""
+    results_path: _NewFile = ""
+    checkpoint: _NewFile = ""
 
 
 def check_parameters(**given):
@@ -123,11 +126,8 @@ def check_parameters(**given):
     """
     try:
         return Parameters(**given)
-    except (ValidationError, OSError) as error:
-        if isinstance(error, OSError):  # from _writable: say which of the paths it was
-            name = next(n for n in ("sweep", "second_sweep", "results_path", "checkpoint") if given.get(n))
-        else:
-            name = error.errors()[0]["loc"][0]
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
         field = Parameters.model_fields.get(name)
         raise _refuse(name, given[name], field.description if field else "no parameter of this series") from None
 
@@ -842,9 +842,9 @@ class Sweep:
                 saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
                 found, self.units = saved["settings"], saved["units"]
             except (ValueError, KeyError, TypeError):
-                raise _refuse("sweep", self.path, "a file that a sweep wrote whole; delete it to start anew") from None
+                raise _refuse("sweep file", self.path, "what a sweep wrote whole; delete it to start anew") from None
             if found != self.settings:
-                raise _refuse("sweep", self.path, f"of another sweep ({found}); give another path, or delete it")
+                raise _refuse("sweep file", self.path, f"of another sweep ({found}); give another path, or delete it")
 
     def find(self, **unit):
         """The kept result of this unit, or None."""

@@ -79,6 +79,11 @@ def test_a_bad_parameter_is_one_line_with_name_value_and_what_is_allowed(name, v
     assert message.startswith(f"{name} = {value!r} is not allowed; ") and "\n" not in message
 
 
+def test_of_several_paths_the_one_that_takes_no_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^results_path = "):
+        check_parameters(sweep=str(tmp_path / "x.json"), results_path=str(tmp_path / ("x" * 300) / "x.json"))
+
+
 @given(st.floats())
 def test_lr_is_taken_if_and_only_if_it_is_finite_and_positive(lr):
     with contextlib.nullcontext() if 0 < lr < math.inf else pytest.raises(ValueError):
