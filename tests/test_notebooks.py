@@ -4,6 +4,7 @@ nbval, by the settings in pyproject.toml, runs their cells with the defaults; he
 """
 
 import ast
+import itertools
 import json
 import math
 import os
@@ -49,6 +50,13 @@ def code(notebook):
 
 def test_every_chapter_has_its_solutions():
     assert [path.stem[:2] for path in CHAPTERS] == [path.stem[:2] for path in SOLUTIONS]
+
+
+def test_every_row_belongs_to_a_table_with_a_head(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for rows, lines in itertools.groupby(cell.source.splitlines(), lambda line: line.startswith("|")):
+                assert not rows or set([*lines][1]) <= set("|-: "), "a blank line parts a table from its head"
 
 
 def test_saved_from_one_clean_run(notebook):
@@ -187,38 +195,30 @@ def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, mo
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0.97, 1), min_size=3, max_size=3))
-def test_a_speedrun_opens_the_test_set_only_for_what_held_out_images_chose(shares):
-    judged, table = dict(zip((5000, 7000, 9000), shares, strict=True)), Sweep()
-    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), CANDIDATES=tuple(judged), GOALS=(0.98,),
-                           CHOOSER=12345, LINES={"first": {}, "last": {}}, SIDEWAYS={}, LAST="last", TRIAL=3000,
-                           FIRST_TRY=5000, table=table)
-    for unit in chapter.all_units():
-        table(lambda images, **_: {"held_out": judged.get(images, 0.9)}, **unit)
-    good = [images for images, share in judged.items() if share >= 0.98]
-    second = [unit for unit in table.units if "drawn" in unit]
-    tested = [(unit["images"], unit["seed"]) for unit in second if "tested" in unit]
-    assert tested == ([(good[0], 0), (good[0], 1)] if good else [])
-    tried = [unit["images"] for unit in second if "tested" not in unit]
-    assert tried == [images for images in judged if not good or images <= good[0]]
-
-
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(4850, 5000), min_size=6, max_size=6))
-def test_a_speedrun_that_chooses_its_images_is_tested_only_where_the_choosers_mean_is_enough(right):
-    judged, second = dict(zip(((n, seed) for n in (4, 7, 14) for seed in (1, 2)), right, strict=True)), Sweep()
-    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), FEWER=(4, 7, 14), GOALS=(0.98, 0.99),
-                           SHORT=("last", "chosen"), SHARES={"half": 0.5, "chosen": 0.8}, CHOOSERS=(1, 2),
-                           CHOSEN="chosen", TRIAL=3000, second=second)
-    for unit in chapter.second_units():
+def test_a_speedrun_opens_the_test_set_only_where_the_mean_of_those_that_choose_is_enough(right):
+    numbers, choosers, record = (4, 7, 14), (11, 12), Sweep()
+    judged = dict(zip(itertools.product(numbers, choosers), right, strict=True))
+    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), GOALS=(0.98, 0.99))
+    for unit in chapter.to_the_goals(record, "last", numbers, choosers):
         # as evaluate gives it, a share in float32
-        second(lambda images, seed, **_: {"held_out": (torch.tensor(judged.get((images, seed), 0.0)) / 5000).item()},
+        record(lambda images, seed, **_: {"held_out": (torch.tensor(judged.get((images, seed), 0)) / 5000).item()},
                **unit)
-    enough = [next((n for n in (4, 7, 14) if judged[n, 1] + judged[n, 2] >= goal), None) for goal in (9800, 9900)]
-    assert [chapter.fewest(goal) for goal in (0.98, 0.99)] == enough
-    tested = {(unit["images"], unit["seed"]) for unit in second.units if unit.get("tested")}
+    enough = [next((n for n in numbers if judged[n, 11] + judged[n, 12] >= goal), None) for goal in (9800, 9900)]
+    assert [chapter.enough(record, "last", numbers, choosers, goal) for goal in (0.98, 0.99)] == enough
+    tested = {(unit["images"], unit["seed"]) for unit in record.units if unit.get("tested")}
     assert tested == {(images, seed) for images in enough if images for seed in (0, 1)}
-    assert all(second.find(line=line, images=3000, seed=seed) for line in ("half", "chosen") for seed in (0, 1))
+    tried = [(unit["images"], unit["seed"]) for unit in record.units if "tested" not in unit]
+    assert tried == [place for place in judged if not enough[1] or place[0] <= enough[1]]
+
+
+def chosen_by(chapter_7, losses, order, images, share):
+    """What `choose` takes of `order` if a small network's losses, in the order of the file, are these."""
+    source = types.SimpleNamespace(images=losses, labels=losses)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
+                      lambda images, labels, seed: (None, types.SimpleNamespace(losses=images)))
+        return chapter_7.choose(source, order, images, share, 0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -226,11 +226,7 @@ def test_a_speedrun_that_chooses_its_images_is_tested_only_where_the_choosers_me
 def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_7, images, more, share, seed):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:images + more]
     losses = torch.rand(200)
-    source = types.SimpleNamespace(images=losses, labels=losses)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
-                      lambda images, labels, seed: (None, types.SimpleNamespace(losses=images)))
-        chosen = chapter_7.choose(source, order, images, share, seed).tolist()
+    chosen = chosen_by(chapter_7, losses, order, images, share).tolist()
     assert len(set(chosen)) == len(chosen) == images
     places = [order.tolist().index(image) for image in chosen]
     assert places == sorted(places)
@@ -238,14 +234,10 @@ def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_7, 
     assert set(hardest.tolist()) <= set(chosen)
 
 
-def test_no_image_is_chosen_twice_where_all_are_wanted(chapter_7):
+@pytest.mark.parametrize("images", [0, 60, 70])
+def test_no_image_is_chosen_twice_where_all_are_wanted(chapter_7, images):
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    source = types.SimpleNamespace(images=torch.rand(60), labels=order)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
-                      lambda images, labels, seed: (None, types.SimpleNamespace(losses=images)))
-        for images in (0, 60, 70):
-            assert torch.equal(chapter_7.choose(source, order, images, 0.8, 0), order)
+    assert torch.equal(chosen_by(chapter_7, torch.rand(60), order, images, 0.8), order)
 
 
 def test_a_small_network_finds_wrong_labels_hard(chapter_7):

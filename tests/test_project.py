@@ -179,6 +179,14 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
             [unit["test_accuracy"] for unit in units], [unit["seconds"][-1] for unit in units]))
         assert f"{accuracy:.2%} of the test images right after {images:,} training images and {seconds:.0f} s" in README
 
+    short = {unit["line"]: unit for unit in record("07_mnist_chosen")["units"]
+             if unit["images"] == 3000 and unit["seed"] == 0}
+    gone = 1 - (1 - short["+ images chosen"]["held_out"]) / (1 - short["+ memory kept"]["held_out"])
+    assert round(10 * gone) == 4 and "four of ten wrong answers are gone" in text
+    seconds_at_random = 30_000 / 3000 * short["+ the middle first"]["seconds"][-1]
+    assert round(seconds_at_random / statistics.fmean(unit["seconds"][-1] for unit in tested[7000])) == 4
+    assert "the 30,000 four times as long" in text
+
     thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
     assert f"its losses are {told}:" in prose("solutions/05_solutions")
