@@ -28,11 +28,12 @@ def test_every_part_gives_a_table_and_the_same_as_json(tmp_path):
         assert f"{name:12s} {value}" in done.stdout.splitlines()
     parts = found["benchmark"]
     assert list(parts) == ["training", "precision", "data", "evaluation", "memory", "growth"]
-    for rows in parts.values():
+    for part, rows in parts.items():
         assert rows or sys.platform == "win32"
         for row in rows:
-            figure = row.get("rate") or row["gigabytes"]
-            assert figure > 0 and str(row["what"]) in done.stdout and f"{figure:.1f}" in done.stdout
+            figure = f"{row['gigabytes']:.2f}" if part == "memory" else f"{row['rate']:.1f}"
+            assert float(figure) > 0
+            assert any(str(row["what"]) in line and figure in line.split() for line in done.stdout.splitlines())
     assert [(row["over"], row["what"]) for row in parts["growth"]][:3] == [
         ("batch size", 2), ("batch size", 3), ("image size", 67)]
 

@@ -544,14 +544,16 @@ def test_a_value_planted_in_the_forward_phase(bad):
     assert birth.trail[-1][:4] == (3, "forward", "relu", "output")
 
 
-def test_a_value_planted_in_the_loss():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_value_planted_in_the_loss(precision):
     net = small()
     with torch.no_grad():  # scores of ±3e38 are finite, the distance between two of them is not
         net.last.weight.zero_()
         net.last.bias.copy_(torch.tensor([3e38, -3e38] * 5))
-    birth = first_nonfinite(net, digits()[0], 0.1)
+    birth = first_nonfinite(net, digits()[0], 0.1, precision=precision)
     assert (birth.step, birth.phase, birth.layer, birth.value) == (1, "loss", "", "inf")
-    assert birth.largest[0][0] == pytest.approx(3e38) and birth.largest[0][1].startswith("logits[")
+    planted = torch.tensor(3e38, dtype=getattr(torch, precision)).item()
+    assert birth.largest[0][0] == pytest.approx(planted) and birth.largest[0][1].startswith("logits[")
 
 
 def test_a_value_planted_in_the_backward_phase():
@@ -573,11 +575,13 @@ def test_a_bad_image_is_named_as_such():
     assert (birth.step, birth.phase, birth.layer, birth.tensor) == (1, "forward", "input", "X")
 
 
-def test_largest_values_are_those_of_the_operands():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_largest_values_are_those_of_the_operands(precision):
     net = small(Plant(math.nan, forward_at=1))
     X, y = next(iter(digits()[0]))
-    birth = first_nonfinite(net, [(X, y)], 0.1)
-    expected = net.relu(net.first(net.flatten(X))).flatten().topk(10).values.tolist()
+    birth = first_nonfinite(net, [(X, y)], 0.1, precision=precision)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        expected = net.relu(net.first(net.flatten(X))).flatten().topk(10).values.tolist()
     assert [magnitude for magnitude, _ in birth.largest] == pytest.approx(expected)
 
 
