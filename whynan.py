@@ -1,0 +1,869 @@
+"""Find where a NaN or an infinity was born, in any PyTorch training loop.
+
+    import whynan
+
+    with whynan.watch(net):          # or watch(): whatever is trained in the block
+        train_as_always()            # your loop, your optimizer, your loss, untouched
+
+When the run dies, `NonFiniteError` is raised; its text says in which step, phase, module, operation and line the first
+bad value was made, what it was made of, and, where that is certain, why, and what to do. This file needs torch (2.10
+or later) and nothing else: copy it into any project. Read it from top to bottom:
+
+    evidence    Line, Evidence            what is known of a line and of a tensor
+    reasons     VERDICTS, _reason         what it is and what to do, where the evidence is sufficient
+    report      Origin, NonFiniteError    where a bad value comes from, told
+    memory      _Memory                   what is known of the memory that tensors lie in
+    watch       watch                     sees every operation of the block
+
+It works beneath autograd: a `TorchDispatchMode` is called for every operation, those of the backward pass and of the
+optimizer too. An operation is a *birth* if its result is not finite although its operands are. What comes of a bad
+value later is traced through the memory that it is kept in, so that of many infinities the one that did harm is told.
+"""
+
+import collections
+import gc
+import linecache
+import math
+import os
+import sys
+import sysconfig
+import threading
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as modules
+from torch.optim import optimizer as optimizers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+# ------------------------------------------------------------------------------------------------- evidence
+class Line(NamedTuple):
+    """A line of a source file; of a notebook's cell `file` is the name that IPython gives it."""
+
+    file: str
+    number: int
+    text: str
+
+    def __str__(self):
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        names = getattr(getattr(shell, "compile", None), "format_code_name", lambda name: None)(self.file)
+        place = " ".join(names) if names else os.path.basename(self.file)
+        return f"{place}, line {self.number}: {self.text}"
+
+
+class Evidence(NamedTuple):
+    """One tensor at a birth. Magnitudes are of its finite values that are not zero; NaN if there are none."""
+
+    name: str  # its role in the operation, as torch's schema has it, and its own name if it is a weight
+    shape: tuple
+    dtype: torch.dtype
+    device: str
+    smallest: float
+    largest: float
+    nan: int  # how many of the values are NaN, and so on
+    inf: int
+    zero: int
+    subnormal: int
+    places: list  # indices of the first three that are not finite
+
+    def __str__(self):
+        shape, total = "×".join(map(str, self.shape)) or "scalar", math.prod(self.shape)
+        span = "" if math.isnan(self.largest) else f"|x| {self.smallest:.3g} to {self.largest:.3g}"
+        counts = [f"{count:,} of {total:,} {kind}" for kind, count in
+                  (("NaN", self.nan), ("inf", self.inf), ("zero", self.zero), ("subnormal", self.subnormal)) if count]
+        first = f", the first at {', '.join(map(str, self.places))}" if self.places else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {', '.join(counts)}{first}".rstrip()
+
+
+def _weigh(name, tensor):
+    """The `Evidence` of a tensor."""
+    values = tensor.detach()
+    values = torch.view_as_real(values) if values.is_complex() else values
+    values = values.float() if not values.is_floating_point() else values
+    sizes, finite = values.abs(), values.isfinite()
+    tiny = torch.finfo(tensor.dtype).tiny if tensor.is_floating_point() else 0
+    some = sizes[finite & (sizes > 0)]
+    smallest, largest = (x.item() for x in some.aminmax()) if some.numel() else (math.nan, math.nan)
+    return Evidence(name, tuple(tensor.shape), tensor.dtype, str(tensor.device), smallest, largest,
+                    int(values.isnan().sum()), int(values.isinf().sum()), int((values == 0).sum()),
+                    int((some < tiny).sum()), [tuple(place) for place in (~finite).nonzero()[:3].tolist()])
+
+
+def _largest(tensor):
+    """The largest magnitude of a tensor in one pass over it: inf if one is infinite, NaN if one is NaN."""
+    if tensor.numel() == 1:
+        return abs(tensor.item())
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.numel():
+        return 0.0
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.as_strided((tensor.numel(),), (1,))  # in the order of memory: aminmax is ten times as fast
+    low, high = tensor.aminmax()
+    low, high = low.item(), high.item()
+    return max(abs(low), abs(high)) if low == low else low
+
+
+_TORCH, _HERE = os.path.dirname(torch.__file__), __file__
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_kinds = {}  # of code objects: "torch" (and Python's own), "library" or "user"
+
+
+def _kind(code):
+    name = code.co_filename
+    if name.startswith((_TORCH, _HERE, "<frozen")):
+        kind = "torch"
+    elif "site-packages" in name or "dist-packages" in name:
+        kind = "library"
+    else:
+        kind = "torch" if name.startswith(_LIBRARIES) else "user"
+    return _kinds.setdefault(code, kind)
+
+
+def _caller(beyond_function=False):
+    """(code, line number) of the innermost user's frame, and of the innermost one of another library, or None.
+
+    beyond_function: of the frames outside of the call of an autograd.Function, if there is one.
+    """
+    frame, library, user = sys._getframe(1), None, None
+    while frame and not (user and not beyond_function):
+        code, kind = frame.f_code, _kinds.get(frame.f_code) or _kind(frame.f_code)
+        if kind == "user":
+            user = user or (code, frame.f_lineno)
+        elif kind == "library":
+            library = library or (code, frame.f_lineno)
+        elif beyond_function and code.co_name == "apply" and code.co_filename.endswith("function.py"):
+            user = library = None
+        frame = frame.f_back
+    return user or library, library
+
+
+def _called_from(file):
+    """Whether a function of a file with this name is under way."""
+    frame = sys._getframe(1)
+    while frame and os.path.basename(frame.f_code.co_filename) != file:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _line(place):
+    """The `Line` of (code, line number)."""
+    code, number = place
+    return Line(code.co_filename, number, linecache.getline(code.co_filename, number).strip())
+
+
+# -------------------------------------------------------------------------------------------------- reasons
+VERDICTS = {
+    "bad data": "Mend the row where the data is made; isfinite().all() checks a batch",
+    "bad weight": "Load another checkpoint, or initialise this weight anew",
+    "division by zero": "Clamp the denominator from below, add a small number to it, or skip the case",
+    "log of zero": "Use what takes logits (log_softmax, logsigmoid, …_with_logits), or clamp from below",
+    "log of a negative": "Make the argument positive: softplus, exp or a clamp",
+    "root of a negative": "Clamp the argument at a small positive number",
+    "infinite slope": "Keep the argument off that point: sqrt(x + 1e-12), clamp(1e-12, …)",
+    "outside the domain": "Clamp the argument to the inside of the domain",
+    "exp overflow": "Bound the exponent, subtract the largest first (logsumexp, softmax), or scale the input",
+    "empty softmax row": "Leave one entry of each row unmasked, or drop such rows",
+    "mean of nothing": "Skip the empty case, or divide the sum by the count clamped at 1",
+    "spread of one": "Drop the last batch of one, or use correction=0",
+    "where trap": "Make the unselected input harmless before the function: f(torch.where(ok, x, 1))",
+    "steps too long": "Divide the learning rate by 10 until the run lives; then try warm-up or normalisation",
+    "wrong scale": "Standardise the inputs; initialise by fan-in, as Kaiming's does",
+    "float16 range": "Use bfloat16 or float32 here; for gradients, a GradScaler",
+    "vanished eps": "Use an eps above 6e-8, the least float16, or compute this in float32",
+    "Adam's denominator": "Keep weights and Adam's state in float32, or give a larger eps (float16: 1e-4)",
+    "infinite norm clipped": "Find what makes the gradient infinite: clipping can't mend it",
+    "constant normalised": "Drop the constant feature, or add an eps to its deviation",
+    "exploding gradient": "Shrink the repeated weights, normalise between layers, or cut the sequence",
+    "no alignment": "Give more time steps than labels and repeats, or zero_infinity=True",
+    "zero times infinity": "Select with masked_fill or where; don't multiply by infinity",
+    "unknown": "Look at the operands",
+}
+_DENOMINATORS = {"div": "other", "reciprocal": "self", "rsqrt": "self", "addcdiv": "tensor2", "pow": "self"}
+_LOGS = ("log", "log2", "log10", "log1p", "xlogy", "logit")
+_DOMAINS = ("acos", "asin", "acosh", "atanh", "erfinv", "lgamma", "digamma", "tan")
+_EXPS = ("exp", "exp2", "expm1", "sinh", "cosh")
+_SPREADS = ("std", "var", "std_mean", "var_mean")
+_SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax", "_scaled_dot_product")
+_SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlogy", "Erfinv", "Norm", "Linalg", "Cdist")
+
+
+def _plain(name):
+    """An operation's name without what says that it works in place or on lists."""
+    return name.removeprefix("_foreach_").removesuffix("_")
+
+
+def _reason(name, given, operands, result, place, notes, growth):
+    """(verdict, its evidence) of a birth: by name and arguments of the operation, its tensors, and what was before.
+
+    operands [(role, tensor)]; notes(tensor) gives what is remembered of it; growth says which weight grew, or is None.
+    """
+    name, tensors = _plain(name), {role.partition("[")[0]: tensor for role, tensor in operands}
+    bad, has_nan, half = ~result.isfinite(), bool(result.isnan().any()), result.dtype is torch.float16
+    largest = sorted((_largest(tensor) for _, tensor in operands if tensor.isfinite().all()), reverse=True)
+    below = tensors.get(_DENOMINATORS.get(name))
+    exponent = given.get("exponent", 1) if name == "pow" else 1
+    exponent = exponent if isinstance(exponent, (int, float)) else 1
+    if below is not None and (below == 0).any() and (name != "pow" or exponent < 0):
+        zeros = f"{int((below == 0).sum()):,} of {below.numel():,}"
+        note = next(iter(notes(below)), "")
+        if any("where" in notes(t) and t.shape == bad.shape and (t[bad] == 0).all() for _, t in operands):
+            return "where trap", "the gradient is 0 where the other branch was taken, and 0 times an infinite slope is NaN"
+        if place.phase == "update":
+            return "Adam's denominator", f"{zeros} denominators are 0" + ", as float16 has no eps below 6e-8" * half
+        if place.node.startswith(_SLOPES):
+            function = place.node.partition("Backward")[0]
+            return "infinite slope", f"the value of {function} is finite, its slope is infinite at {zeros} places"
+        if note.startswith("eps"):
+            return "vanished eps", f"{zeros} denominators are 0: {note} is 0 in float16"
+        if note in _SPREADS:
+            return "constant normalised", f"{zeros} deviations are 0"
+        return "division by zero", f"{zeros} denominators" + f" (a {note})" * bool(note) + " are 0"
+    if name in _LOGS:
+        return ("log of a negative", "the argument is negative") if has_nan else ("log of zero", "the argument is 0")
+    if name in ("sqrt", "rsqrt", "pow") and has_nan:
+        return "root of a negative", "the argument is negative"
+    if name in _DOMAINS:
+        return "outside the domain", f"the argument of {name} is at the end of its domain or beyond"
+    if name in _EXPS and not has_nan:
+        limit = math.log(torch.finfo(result.dtype).max)
+        return "exp overflow", f"exp of more than {limit:.1f} is infinite in {str(result.dtype)[6:]}"
+    if name in _SOFTMAX[:3] and (tensors["self"] == -math.inf).all(given["dim"]).any() or name.startswith(
+            _SOFTMAX[3]) and any((t == -math.inf).all(-1).any() for role, t in operands if role.startswith("attn")):
+        return "empty softmax row", "all entries of a row are -inf"
+    if has_nan and (name.startswith("nll_loss") or any(not tensor.numel() for _, tensor in operands)):
+        return "mean of nothing", "no element is left to take the mean of: 0 / 0"
+    if name in _SPREADS and has_nan:
+        return "spread of one", "one element has no deviation: 0 / (1 - 1)"
+    if name.endswith("ctc_loss") and not has_nan:
+        return "no alignment", "a label is longer, with its repeats, than its input"
+    infinite = any(t.isinf().any() for _, t in operands) or any(abs(v) == math.inf for v in given.values() if isinstance(v, float))
+    if name == "mul" and has_nan and infinite and any((t == 0).any() for _, t in operands):
+        return "zero times infinity", "a factor is 0 where the other is infinite"
+    if "_norm" in name and given.get("eps") == 0:
+        return "constant normalised", "its eps is 0"
+    if half and largest:
+        return "float16 range", f"operands up to {largest[0]:.3g} give more than 65,504, the largest float16"
+
+    # an overflow, if the operands are large enough for one
+    if largest:
+        size = math.log10(max(tensor.numel() for _, tensor in operands) or 1)
+        digits = [math.log10(max(value, 1e-300)) for value in (largest[0], (largest + largest)[1])]
+        if max(sum(digits), exponent * digits[0]) + size >= math.log10(torch.finfo(result.dtype).max):
+            if growth or place.phase == "update":
+                return "steps too long", growth or f"learning rate times gradient ({largest[0]:.2g}) is beyond all numbers"
+            if place.phase == "backward":
+                return "exploding gradient", f"values up to {largest[0]:.2g} are multiplied on the way back"
+            if place.step == 1:
+                return "wrong scale", f"at the first step already values up to {largest[0]:.2g} are multiplied"
+    return "unknown", "the evidence is not sufficient for a verdict"
+
+
+# --------------------------------------------------------------------------------------------------- report
+class Place(NamedTuple):
+    """Where an operation was called."""
+
+    step: int
+    phase: str
+    module: str = ""
+    kind: str = ""  # the module's class; "" outside of all
+    caller: tuple = ()  # (code, line number) of the user's line, and of the innermost one of another library or None
+    node: str = ""  # autograd's node, in the backward phase
+
+    def __str__(self):
+        module = f"{self.module or 'the network itself'} ({self.kind})" if self.kind else "outside of all modules"
+        return f"step {self.step}, {self.phase} phase, {module}"
+
+
+class Origin(NamedTuple):
+    """Where a bad value comes from."""
+
+    how: str  # "operation" made it, it "entered" from outside, or a "constant" was given
+    value: str  # "NaN" or "inf"
+    place: Place
+    operation: str = ""
+    operands: list = ()  # of Evidence, as is
+    result: Evidence | None = None
+    reason: tuple = ()  # (verdict, its evidence)
+    source: "Origin | None" = None  # of a NaN that was made of an infinity: where that came from
+
+    @property
+    def birth(self):
+        return self.source or self
+
+
+class NonFiniteError(FloatingPointError):
+    """The NaN or inf that a run died of, from its birth on. The text is the report; these are its parts:
+
+    step       1, 2, …: one more than the steps that the busiest optimizer had taken, those that a GradScaler skips
+               included; in a loop without an optimizer, the call of `backward` that the operation belongs to
+    phase      "data" (bad before any operation, or made before the network is called), "forward" (in a module),
+               "loss" (outside of all), "backward" or "update"
+    module     its full name; "" for the network itself and outside of all
+    operation  as torch names it, without namespace; "" for what was bad before any
+    line       `Line` of the user's file; in the backward phase of the forward call; None if there is none
+    verdict    a key of VERDICTS
+    operands, result   `Evidence` of each tensor
+    trail      [(step, phase, module, tensor, largest magnitude)] of this step and up to 50 before; tensor is
+               "output", "gradient", "gradient of weight", …, or the name of a weight after the update
+    """
+
+    def __init__(self, origin, reached, trail):
+        birth = origin.birth
+        self.step, self.phase, self.module = birth.place[:3]
+        self.operation, self.operands, self.result, self.trail = birth.operation, birth.operands, birth.result, trail
+        lines = [_line(caller) for caller in dict.fromkeys(birth.place.caller) if caller]
+        self.line = lines[0] if lines else None
+        self.verdict, why = birth.reason
+        if origin.source and self.verdict == "unknown" and origin.operation.startswith("mul") and origin.reason == "clip":
+            self.verdict, why = "infinite norm clipped", "an infinite gradient times 0, as its norm is infinite, is NaN"
+        how = f"is born: {birth.operation}" if birth.how == "operation" else "enters"
+        then = f"it becomes NaN at {origin.place}: {origin.operation}; " if origin.source else ""
+        text = [f"{birth.value} at {birth.place}, {how}", *(f"    {line}" for line in lines),
+                f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
+                *(f"    {evidence}" for evidence in (*birth.operands, birth.result)), "", "the largest magnitudes"]
+        for step in sorted({entry[0] for entry in trail})[-4:]:
+            parts = []
+            for phase, tensors in (("forward", "output"), ("loss", "output"), ("backward", "gradient"), ("update", "")):
+                found = [entry[2:] for entry in trail if entry[:2] == (step, phase) and entry[3].endswith(tensors)]
+                if found:
+                    module, tensor, size = max(found, key=lambda entry: entry[2])
+                    where = ".".join(filter(None, (module, tensor if phase == "update" else "")))
+                    parts.append(f"{phase} {size:.3g}" + f" in {where}" * bool(where))
+            text.append(f"    step {step}: " + ", ".join(parts))
+        super().__init__("\n".join(text))
+
+
+# --------------------------------------------------------------------------------------------------- memory
+class _Memory:
+    """Remembers things about the memory that tensors lie in, as long as that memory lives."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def put(self, tensor, *things):
+        """Remembers these things, or none, and forgets what it knew of all that the tensor has overwritten."""
+        storage, start, size = tensor.untyped_storage(), tensor.storage_offset(), tensor.element_size()
+        if not things and storage._cdata not in self.kept:
+            return
+        reference, items = self.kept.get(storage._cdata, (None, []))
+        if reference is None or reference.expired():
+            reference, items = StorageWeakRef(storage), []
+        end = self._end(tensor)
+        if tensor.numel() == end - start:
+            items = [item for item in items if item[0] < start * size or item[1] > end * size]
+        self.kept[storage._cdata] = reference, items + [(start * size, end * size, thing) for thing in things]
+        if len(self.kept) > 1000:
+            self.kept = {key: pair for key, pair in self.kept.items() if not pair[0].expired()}
+
+    def get(self, tensor):
+        """What is remembered of memory that the tensor has a part in, the newest first."""
+        reference, items = self.kept.get(tensor.untyped_storage()._cdata, (None, []))
+        if reference is None or reference.expired():
+            return []
+        size = tensor.element_size()
+        start, end = tensor.storage_offset() * size, self._end(tensor) * size
+        return [thing for a, b, thing in reversed(items) if a < end and b > start]
+
+    @staticmethod
+    def _end(tensor):
+        """One more than the place, in its storage, of the tensor's last element."""
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.storage_offset() + 1 + sum((length - 1) * stride for length, stride in steps)
+
+
+class _Operation(NamedTuple):
+    """What an operation's schema says."""
+
+    name: str
+    roles: list  # names of its arguments
+    written: list  # those that it writes to
+    silent: bool  # its result is a view of an operand, or is not filled yet
+
+
+_operations = {}
+
+
+def _operation(func):
+    schema, name = func._schema, func._schema.name.removeprefix("aten::")
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns) and name != "lift_fresh"
+    silent = view or "empty" in name or "::" in name or name in ("resize_", "set_")
+    return _operations.setdefault(func, _Operation(name, [a.name for a in schema.arguments], written, silent))
+
+
+def _tensors(value):
+    """The tensors with real or complex values in an argument or a result: one, a list of them, or none."""
+    if isinstance(value, torch.Tensor):
+        plain = value.layout is torch.strided and not (value.is_meta or value.is_nested) and (
+            value.is_floating_point() or value.is_complex())
+        return [value] if plain else []
+    return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+# ---------------------------------------------------------------------------------------------------- watch
+_active = None  # the watch whose block runs
+_NOTED = {*_SPREADS, "sum", "linalg_vector_norm"}  # what a denominator may be
+_HANDED_ON = {"sqrt", "add", "mul", "clone", "_to_copy", "mean"}  # what keeps a denominator's note
+_KEPT = {*_DENOMINATORS, *_LOGS, *_DOMAINS, *_EXPS, "sqrt", "mul", "add", "sub"}  # in place, operand worth a copy
+
+
+class _Module(NamedTuple):
+    """A module that is being called."""
+
+    module: torch.nn.Module
+    name: str | None  # None for a loss that is a module without weights, which counts as outside of all
+    in_backward: bool  # called by autograd: the recomputation of a checkpoint
+
+
+class watch(TorchDispatchMode):
+    """Watches a training loop, and says where the NaN or inf that it dies of was born.
+
+        with whynan.watch(net):
+            train_as_always()
+
+    net        whose names modules and weights get; None: names within whichever module is called
+    from_step  nothing is looked at, and next to no time spent, before this step: for a death after many good ones
+
+    Raises `NonFiniteError`, whose text is the report, in the step in which the run dies: a loss is not finite that is
+    read (`.item()`), that `backward` is called on, or with which the block is left; or a gradient is not as a step of
+    an optimizer begins; or a weight is not after it, or after an update by hand. What is not finite and harms nobody
+    passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. Otherwise the run is the
+    same, bit for bit, and nothing remains of the watch when the block is left, however that happens.
+
+    Every operation is looked at, of the thread that entered the block. Networks compiled by `torch.compile` run
+    eagerly in it. `trail` has the largest magnitudes so far, as `NonFiniteError.trail`.
+
+    Raises ValueError for a bad argument, RuntimeError within another watch.
+    """
+
+    _entered = True  # until one is made
+
+    def __init__(self, net=None, *, from_step=1):
+        if not isinstance(net, torch.nn.Module | None):
+            raise ValueError(f"net = {net!r} is not allowed; net is a torch.nn.Module, or None for any")
+        if type(from_step) is not int or from_step < 1:
+            raise ValueError(f"from_step = {from_step!r} is not allowed; from_step is a whole number from 1")
+        super().__init__()
+        self.net, self.from_step, self._entered = net, from_step, False
+
+    def __del__(self):
+        if not self._entered:
+            warnings.warn("whynan.watch alone does nothing; write `with whynan.watch(net):`", stacklevel=2)
+
+    # ---------------------------------------------------------------------------- the block begins and ends
+    def __enter__(self):
+        global _active
+        self._entered = True
+        if _active:
+            raise RuntimeError("whynan.watch: another watch is active; leave its block first")
+        _active, self.thread = self, threading.get_ident()
+        self.started, self.looking, self.error, self.pending = False, False, None, None
+        self.counts, self.backwards, self.optimizer = {}, 0, None  # steps of each optimizer; the one in its step
+        self.called = self.after_backward = False  # in this step
+        self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
+        self.bad, self.losses, self.notes = _Memory(), _Memory(), _Memory()
+        self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
+        self.steps = collections.deque(maxlen=51)  # (step, {(phase, module, tensor): magnitude})
+        self.hooks = [optimizers.register_optimizer_step_pre_hook(self._before_step),
+                      optimizers.register_optimizer_step_post_hook(self._after_step)]
+        self.patched = []
+        for owner, name, wrap in ((torch.autograd, "backward", self._watch_backward),
+                                  (torch.autograd, "grad", self._watch_backward),
+                                  (torch.amp.GradScaler, "step", self._watch_scaler)):
+            original = getattr(owner, name)
+            self.patched.append((owner, name, original))
+            setattr(owner, name, wrap(original))
+        if self.from_step == 1:
+            self._start()
+        return self
+
+    def _start(self):
+        self.started, self.sequence = True, torch.autograd._get_sequence_nr()
+        self.hooks += [modules.register_module_forward_pre_hook(self._enter_module),
+                       modules.register_module_forward_hook(self._leave_module, always_call=True)]
+        # a mode and autograd's sequence numbers belong to a thread: backward in this one, on a GPU too
+        self.settings = [torch.autograd.set_multithreading_enabled(False)]
+        if "torch._dynamo" in sys.modules:
+            self.settings.append(torch.compiler.set_stance("force_eager"))
+        for setting in self.settings:
+            setting.__enter__()
+        super().__enter__()
+        if self.net is not None:
+            self._learn(self.net)
+
+    def __exit__(self, kind, error, traceback):
+        global _active
+        for hook in self.hooks:
+            hook.remove()
+        for owner, name, original in self.patched:
+            setattr(owner, name, original)
+        if self.started:
+            super().__exit__(kind, error, traceback)
+            for setting in reversed(self.settings):
+                setting.__exit__(None, None, None)
+        _active = None
+        if error is None and not self.error and self.pending:
+            self.error = self._death(self.pending, "the loss with which the block is left")
+        for name in ("net", "counts", "calls", "names", "bad", "losses", "notes", "made", "hooks", "patched"):
+            delattr(self, name)  # else they would keep networks alive
+        if error is None and self.error:
+            raise self.error
+
+    # --------------------------------------------------------------- what calls operations: modules, backward, steps
+    def _elsewhere(self):
+        return threading.get_ident() != self.thread
+
+    def _enter_module(self, module, args):
+        if self._elsewhere():
+            warnings.warn("whynan.watch sees nothing of the modules that another thread calls", stacklevel=2)
+            return
+        if id(module) not in self.names:  # the first call, or built since
+            for root in (self.net, self.calls[0].module if self.calls else module):
+                if root is not None and next(root.parameters(), None) is not None:
+                    self._learn(root)
+        in_backward = torch._C._current_autograd_node() is not None
+        self.calls.append(_Module(module, self.names.get(id(module), (None,))[0], in_backward))
+        if not in_backward and self.calls[-1].name is not None:
+            self.called, self.after_backward = True, False
+
+    def _leave_module(self, module, args, output):
+        if self.calls and self.calls[-1].module is module and not self._elsewhere():
+            self.calls.pop()
+
+    def _learn(self, root):
+        """Learns the names in `root`, and how large its weights are before they move."""
+        for name, module in root.named_modules():
+            self.names.setdefault(id(module), (name, module))
+        for name, weight in root.named_parameters():
+            self._learn_weight(name, weight)
+
+    def _learn_weight(self, name, weight):
+        if id(weight) not in self.names:
+            self.names[id(weight)] = name, weight
+            self.growth[name] = collections.deque([(self.step - 1, self._measure(weight))], maxlen=1000)
+
+    def _measure(self, tensor):
+        """`_largest`, outside of an operation."""
+        before, self.looking = self.looking, True
+        try:
+            return max(map(_largest, _tensors(tensor.detach())), default=0.0)
+        finally:
+            self.looking = before
+
+    def _watch_backward(self, original):
+        def backward(outputs, *args, **kwargs):
+            inner = original.__name__ == "grad" and kwargs.get("create_graph")  # a part of the loss
+            if self._elsewhere() or self.error or inner:
+                return original(outputs, *args, **kwargs)
+            for loss in _tensors(outputs) if self.started else ():
+                if not math.isfinite(self._measure(loss)):
+                    origin = self._find("loss", loss)
+                    if origin.birth.reason[0] != "scaled":  # by a GradScaler, which will skip the step
+                        self._die(origin, "the loss that backward is called on")
+            self.pending, self.backwards, self.after_backward = None, self.backwards + 1, True
+            result = original(outputs, *args, **kwargs)
+            self._advance()
+            return result
+        return backward
+
+    def _watch_scaler(self, original):
+        def step(scaler, optimizer, *args, **kwargs):
+            before = self.counts.get(optimizer, 0)
+            result = original(scaler, optimizer, *args, **kwargs)
+            if self.counts.get(optimizer, 0) == before:  # it skipped the step
+                self._after_step(optimizer, args, kwargs)
+            return result
+        return step
+
+    def _before_step(self, optimizer, args, kwargs):
+        if self._elsewhere() or self.error:
+            return None
+        if not self.counts:  # all before was step 1, however often backward was called
+            sizes = {key: size for _, sizes in self.steps for key, size in sizes.items()}
+            self.steps = collections.deque([(1, sizes)], maxlen=51)
+        self.counts.setdefault(optimizer, 0)
+        self.optimizer = optimizer
+        if not self.started:
+            return None
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                self._learn_weight(f"weight {len(self.growth)}", weight)
+        self._check_gradients(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return None
+
+        def checked():
+            loss = closure()
+            self._check_gradients(optimizer)
+            return loss
+        return (args[0], checked, *args[2:]) if len(args) > 1 else args, kwargs | {"closure": checked} * (len(args) < 2)
+
+    def _check_gradients(self, optimizer):
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips such a step by itself
+        if found is not None and self._measure(found):
+            return
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    name, size = self.names[id(weight)][0], self._measure(weight.grad)
+                    if not math.isfinite(size):
+                        origin = self._find("gradient", weight.grad)
+                        self._die(origin, f"the gradient of {name} as a step of the optimizer begins")
+                    self._note("backward", *self._part(name, "gradient of "), size)
+
+    def _after_step(self, optimizer, args, kwargs):
+        if self._elsewhere():
+            return
+        self.counts[optimizer] = self.counts.get(optimizer, 0) + 1
+        self.optimizer, self.called, self.after_backward = None, False, False
+        if len(self.made) > 200_000:  # graphs that old are seldom alive
+            self.made = dict(list(self.made.items())[100_000:])
+        self._advance()
+
+    def _advance(self):
+        if not self.started and (self.step if self.counts else self.backwards + 1) >= self.from_step:
+            self._start()
+
+    @property
+    def step(self):
+        """The number of the step under way."""
+        if self.counts:
+            return max(self.counts.values()) + 1
+        return max(1, self.backwards + (not self.after_backward))
+
+    @property
+    def trail(self):
+        return [(step, *key, size) for step, sizes in self.steps for key, size in sizes.items()]
+
+    @staticmethod
+    def _part(name, prefix=""):
+        module, _, local = name.rpartition(".")
+        return module, prefix + local
+
+    def _note(self, phase, module, tensor, size):
+        if not self.steps or self.steps[-1][0] != self.step:
+            self.steps.append((self.step, {}))
+        sizes, key = self.steps[-1][1], (phase, module, tensor)
+        if size > sizes.get(key, -1.0):
+            sizes[key] = size
+
+    # ------------------------------------------------------------------------------------- every operation
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.looking or self.error:
+            return func(*args, **kwargs)
+        operation = _operations.get(func) or _operation(func)
+        node = torch._C._current_autograd_node()
+        call = self.calls[-1] if self.calls else None
+        if call and (call.name is None or node is not None and not call.in_backward):
+            call = None
+        number = torch.autograd._get_sequence_nr()
+        if number != self.sequence:  # it has made a node of the graph
+            made = self._made(node, call)
+            for new in range(self.sequence, number):
+                self.made[new] = made
+            self.sequence = number
+        copy = None
+        if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _KEPT:
+            copy = args[0].clone() if isinstance(args[0], torch.Tensor) and args[0].numel() <= 1_000_000 else None
+        result = func(*args, **kwargs)
+        if operation.name == "_local_scalar_dense":
+            loss = isinstance(result, float) and not math.isfinite(result) and (
+                args[0].requires_grad or self.losses.get(args[0]))
+            if loss:
+                self._die(self._find("loss", args[0]), "the loss that is read")
+        elif not operation.silent:
+            self._look(operation, args, kwargs, result, node, call, copy)
+        return result
+
+    def _made(self, node, call):
+        """(module, class, caller) of what is called now; in a backward, of the forward call that it belongs to."""
+        if node is not None and not call:
+            return self.made.get(node._sequence_nr()) or ("", "", _caller())
+        # without a graph being made: in the forward of an autograd.Function, whose call is wanted
+        caller = _caller(beyond_function=not torch.is_grad_enabled())
+        return (call.name, type(call.module).__name__, caller) if call else ("", "", caller)
+
+    def _phase(self, node, call, inputs):
+        grad = torch.is_grad_enabled()
+        if node is not None and not call:
+            return "backward"
+        if self.optimizer and not grad:
+            return "update"
+        if call:
+            return "forward"
+        if self.after_backward and not grad:
+            return "update"
+        return "loss" if self.called or any(tensor.requires_grad for tensor in inputs) else "data"
+
+    def _look(self, operation, args, kwargs, result, node, call, copy):
+        """Looks at all that an operation has made."""
+        inputs = _tensors(args)
+        phase = self._phase(node, call, inputs)
+        module = call.name if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
+        results = _tensors(result)
+        if operation.written:
+            named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
+            written = [t for role, value in named if role in operation.written for t in _tensors(value)]
+            results = written + [t for t in results if not any(t is other for other in written)]
+        elif operation.name.endswith("ctc_loss"):
+            results = results[:1]  # the second may be memory that was never filled
+        bad = []
+        for tensor in results:
+            size = _largest(tensor)
+            if not size <= sys.float_info.max:
+                bad.append((tensor, size))
+                continue
+            if self.bad.kept:
+                self.bad.put(tensor)
+            if operation.written and id(tensor) in self.names:
+                name = self.names[id(tensor)][0]
+                self._note("update", *self._part(name), size)
+                if size != self.growth[name][-1][1]:
+                    self.growth[name].append((self.step, size))
+            elif phase != "update":
+                self._note(phase, module, "gradient" if phase == "backward" else "output", size)
+        if results:
+            self._keep_notes(operation, args, results, node, phase)
+        if not bad:
+            return
+        named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
+        origin = self._origin(operation, named, max(bad, key=lambda pair: math.isnan(pair[1]))[0], node, call, copy, phase)
+        for tensor, _ in bad:
+            self.bad.put(tensor, origin)
+            if node is None and not tensor.dim() and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+                self.losses.put(tensor, True)
+                self.pending = origin
+        for tensor, _ in bad if operation.written else ():
+            if weight := self._name(tensor, states=False):
+                self._die(origin, f"{weight} as it is written")
+
+    def _keep_notes(self, operation, args, results, node, phase):
+        """Remembers of some tensors what they are, since a verdict may ask for it."""
+        name = _plain(operation.name)
+        if node is not None:
+            if phase == "backward" and (node.name().startswith(("Where", "MaskedFill")) or self.notes.kept and any(
+                    "where" in self.notes.get(tensor) for tensor in _tensors(args))):
+                for tensor in results:
+                    self.notes.put(tensor, "where")
+        elif name in _NOTED:
+            self.notes.put(results[0], name.removeprefix("linalg_vector_"))
+        elif name in ("add", "clamp_min") and results[0].dtype is torch.float16 and isinstance(args[1], float) and (
+                0 < args[1] < 2.9e-8):
+            self.notes.put(results[0], f"eps {args[1]:g}")
+        elif name in _HANDED_ON and self.notes.kept and _tensors(args[0]):
+            for note in self.notes.get(_tensors(args[0])[0])[:1]:
+                self.notes.put(results[0], note)
+
+    # -------------------------------------------------------------------------------- where a bad value comes from
+    def _name(self, tensor, states=True):
+        """The name of the weight that lies where the tensor does, or of its gradient or an optimizer's state; or ''."""
+        place = tensor.untyped_storage()._cdata
+        for name, weight in self.names.values():
+            if isinstance(weight, torch.Tensor) and weight.layout is torch.strided:
+                lying = {name: weight}
+                if states:
+                    lying[f"gradient of {name}"] = weight.grad
+                    lying |= {f"{key} of {name}": state for key, state in (
+                        self.optimizer.state.get(weight, {}) if self.optimizer else {}).items()}
+                for found, other in lying.items():
+                    if isinstance(other, torch.Tensor) and other.layout is torch.strided and (
+                            other.untyped_storage()._cdata == place):
+                        return found
+        return ""
+
+    def _weigh(self, role, tensor):
+        name = self._name(tensor)
+        return _weigh(f"{role} = {name}" if name else role, tensor)
+
+    def _is_buffer(self, tensor):
+        place = tensor.untyped_storage()._cdata
+        return any(place == buffer.untyped_storage()._cdata for _, module in list(self.names.values())
+                   if isinstance(module, torch.nn.Module) for buffer in module.buffers(recurse=False))
+
+    def _find(self, role, tensor, into=""):
+        """The `Origin` of a tensor that is not finite; one that is new has entered from outside."""
+        found, size = self.bad.get(tensor), self._measure(tensor)
+        value = "NaN" if math.isnan(size) else "inf"
+        matching = [origin for origin in found if origin.value == value] or found
+        if matching:
+            return matching[0]
+        before, self.looking = self.looking, True
+        evidence = self._weigh(role, tensor.detach())
+        weight = into or self._name(tensor, states=False)
+        only_negative = value == "inf" and not bool((tensor.detach() == math.inf).any())
+        constant = value == "inf" and (tensor.numel() == 1 or self._is_buffer(tensor))
+        self.looking = before
+        bad = evidence.nan + evidence.inf
+        why = f"{bad:,} of {tensor.numel():,} values of {weight or role} are not finite as it comes"
+        call = self.calls[-1] if self.calls and self.calls[-1].name is not None else None
+        place = Place(self.step, "data", *self._made(None, call))
+        origin = Origin("constant" if constant else "mask" if only_negative else "entered", value, place, "", [],
+                        evidence, ("bad weight" if weight else "bad data", why))
+        self.bad.put(tensor, origin)
+        return origin
+
+    def _origin(self, operation, named, result, node, call, copy, phase):
+        """The `Origin` of what an operation has made: that of a bad operand, or a new one."""
+        value = "NaN" if math.isnan(_largest(result)) else "inf"
+        operands, sources, into = [], [], ""
+        for role, argument in named:
+            tensors = _tensors(argument)
+            if role in operation.written:
+                into = into or (self._name(tensors[0], states=False) if tensors else "")
+                sources += [origin for tensor in tensors for origin in self.bad.get(tensor)[:1]]
+                tensors = [] if copy is None else [copy]
+            operands += [(role if len(tensors) == 1 else f"{role}[{i}]", t) for i, t in enumerate(tensors)]
+        sources += [self._find(role, t, into) for role, t in operands if t is not copy and not math.isfinite(_largest(t))]
+        # an infinite constant, or a mask that softmax reads, is no cause of a NaN
+        softmax = operation.name.startswith(_SOFTMAX)
+        causes = [s for s in sources if s.value == "NaN"] or [
+            s for s in sources if s.how != "constant" and not (s.how == "mask" and softmax)]
+        if causes and (value == "inf" or causes[0].value == "NaN"):
+            return causes[0]
+        if value == "inf" and sources:
+            return sources[0]
+        place = Place(self.step, phase, *self._made(node, call), node.name() if phase == "backward" else "")
+        constants = [a for _, a in named if isinstance(a, float) and not math.isfinite(a)]
+        if value == "inf" and constants:
+            return Origin("constant", value, place)
+        if into and phase == "update":
+            place = place._replace(module=self._part(into)[0], kind="update")
+        if causes:  # an infinity that has become NaN
+            clip = "clip" if _called_from("clip_grad.py") else ()
+            return Origin("operation", value, place, operation.name, reason=clip, source=causes[0].birth)
+        scaled = operation.name == "mul" and _called_from("grad_scaler.py")
+        reason = ("scaled", "") if scaled else _reason(operation.name, dict(named), operands, result, place,
+                                                      self.notes.get, self._growth())
+        weighed = [self._weigh(role, tensor) for role, tensor in operands]
+        return Origin("operation", value, place, operation.name, weighed, _weigh("result", result), reason)
+
+    def _growth(self):
+        """How the weight that grew most has grown, if it grew a hundredfold, or None."""
+        grown = [(sizes[-1][1] / sizes[0][1], name) for name, sizes in self.growth.items() if sizes[0][1] > 0]
+        ratio, name = max(grown, default=(0, ""))
+        if ratio < 100:
+            return None
+        sizes = self.growth[name]
+        begin = next(step for step, size in sizes if size > 2 * sizes[0][1])
+        return f"{name} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} in steps {begin} to {sizes[-1][0]}"
+
+    def _death(self, origin, reached):
+        trail = self.trail
+        if not self.counts and self.backwards > 1 and any(  # batches accumulated for the first step
+                id(weight) in self.names for optimizer in gc.get_objects() if isinstance(optimizer, torch.optim.Optimizer)
+                for group in optimizer.param_groups for weight in group["params"]):
+            trail = [(1, *entry[1:]) for entry in trail]
+            birth = origin.birth._replace(place=origin.birth.place._replace(step=1))
+            origin = origin._replace(place=origin.place._replace(step=1), source=birth) if origin.source else birth
+        return NonFiniteError(origin, reached, trail)
+
+    def _die(self, origin, reached):
+        self.error = self._death(origin, reached)
+        raise self.error
