@@ -21,6 +21,7 @@ value later is traced through the memory that it is kept in, so that of many inf
 """
 
 import collections
+import functools
 import gc
 import linecache
 import math
@@ -210,8 +211,9 @@ def _reason(name, given, operands, result, place, notes, growth):
     exponent = exponent if isinstance(exponent, (int, float)) else 1
     if below is not None and (below == 0).any() and (name != "pow" or exponent < 0):
         zeros = f"{int((below == 0).sum()):,} of {below.numel():,}"
-        note = next(iter(notes(below)), "")
-        if any("where" in notes(t) and t.shape == bad.shape and (t[bad] == 0).all() for _, t in operands):
+        note = next((note for note in notes(below) if isinstance(note, str)), "")
+        dropped = [note for _, tensor in operands for note in notes(tensor) if isinstance(note, torch.Tensor)]
+        if any(mask.shape == bad.shape and mask[bad].all() for mask in dropped):
             return "where trap", "the gradient is 0 where the other branch was taken, and 0 times an infinite slope is NaN"
         if place.phase == "update":
             return "Adam's denominator", f"{zeros} denominators are 0" + ", as float16 has no eps below 6e-8" * half
@@ -252,7 +254,9 @@ def _reason(name, given, operands, result, place, notes, growth):
     # an overflow, if the operands are large enough for one
     if largest:
         size = math.log10(max(tensor.numel() for _, tensor in operands) or 1)
-        digits = [math.log10(max(value, 1e-300)) for value in (largest[0], (largest + largest)[1])]
+        squares = any(word in name for word in ("mse", "var", "std", "norm", "cdist", "huber", "smooth"))
+        pair = largest[0], largest[0] if squares or len(largest) == 1 else largest[1]
+        digits = [math.log10(max(value, 1e-300)) for value in pair]
         if max(sum(digits), exponent * digits[0]) + size >= math.log10(torch.finfo(result.dtype).max):
             if growth or place.phase == "update":
                 return "steps too long", growth or f"learning rate times gradient ({largest[0]:.2g}) is beyond all numbers"
@@ -273,6 +277,7 @@ class Place(NamedTuple):
     kind: str = ""  # the module's class; "" outside of all
     caller: tuple = ()  # (code, line number) of the user's line, and of the innermost one of another library or None
     node: str = ""  # autograd's node, in the backward phase
+    number: int = 0  # places are numbered as they are met
 
     def __str__(self):
         module = f"{self.module or 'the network itself'} ({self.kind})" if self.kind else "outside of all modules"
@@ -463,8 +468,9 @@ class watch(TorchDispatchMode):
             raise RuntimeError("whynan.watch: another watch is active; leave its block first")
         _active, self.thread = self, threading.get_ident()
         self.started, self.looking, self.error, self.pending = False, False, None, None
+        self.places = 0
         self.counts, self.backwards, self.optimizer = {}, 0, None  # steps of each optimizer; the one in its step
-        self.called = self.after_backward = False  # in this step
+        self.called = self.after_backward = self.in_backward = False  # in this step
         self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
         self.bad, self.losses, self.notes = _Memory(), _Memory(), _Memory()
         self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
@@ -511,8 +517,8 @@ class watch(TorchDispatchMode):
             self.error = self._death(self.pending, "the loss with which the block is left")
         for name in ("net", "counts", "calls", "names", "bad", "losses", "notes", "made", "hooks", "patched"):
             delattr(self, name)  # else they would keep networks alive
-        if error is None and self.error:
-            raise self.error
+        if self.error and error is not self.error:
+            raise self.error from error
 
     # --------------------------------------------------------------- what calls operations: modules, backward, steps
     def _elsewhere(self):
@@ -565,10 +571,13 @@ class watch(TorchDispatchMode):
                     origin = self._find("loss", loss)
                     if origin.birth.reason[0] != "scaled":  # by a GradScaler, which will skip the step
                         self._die(origin, "the loss that backward is called on")
-            self.pending, self.backwards, self.after_backward = None, self.backwards + 1, True
-            result = original(outputs, *args, **kwargs)
-            self._advance()
-            return result
+            self.pending, self.backwards = None, self.backwards + 1
+            self.in_backward = self.after_backward = True
+            try:
+                return original(outputs, *args, **kwargs)
+            finally:
+                self.in_backward = False
+                self._advance()
         return backward
 
     def _watch_scaler(self, original):
@@ -602,20 +611,23 @@ class watch(TorchDispatchMode):
             loss = closure()
             self._check_gradients(optimizer)
             return loss
-        return (args[0], checked, *args[2:]) if len(args) > 1 else args, kwargs | {"closure": checked} * (len(args) < 2)
+        return ((optimizer, checked, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": checked})
 
     def _check_gradients(self, optimizer):
         found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips such a step by itself
         if found is not None and self._measure(found):
             return
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    name, size = self.names[id(weight)][0], self._measure(weight.grad)
-                    if not math.isfinite(size):
-                        origin = self._find("gradient", weight.grad)
-                        self._die(origin, f"the gradient of {name} as a step of the optimizer begins")
+        bad = []
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            if weight.grad is not None:
+                name, size = self.names[id(weight)][0], self._measure(weight.grad)
+                if math.isfinite(size):
                     self._note("backward", *self._part(name, "gradient of "), size)
+                else:
+                    bad.append((self._find("gradient", weight.grad), name))
+        if bad:
+            origin, name = min(bad, key=lambda pair: pair[0].birth.place.number)
+            self._die(origin, f"the gradient of {name} as a step of the optimizer begins")
 
     def _after_step(self, optimizer, args, kwargs):
         if self._elsewhere():
@@ -690,6 +702,11 @@ class watch(TorchDispatchMode):
         caller = _caller(beyond_function=not torch.is_grad_enabled())
         return (call.name, type(call.module).__name__, caller) if call else ("", "", caller)
 
+    def _place(self, phase, node, call):
+        self.places += 1
+        name = node.name() if phase == "backward" else ""
+        return Place(self.step, phase, *self._made(node, call), name, self.places)
+
     def _phase(self, node, call, inputs):
         grad = torch.is_grad_enabled()
         if node is not None and not call:
@@ -700,7 +717,10 @@ class watch(TorchDispatchMode):
             return "forward"
         if self.after_backward and not grad:
             return "update"
-        return "loss" if self.called or any(tensor.requires_grad for tensor in inputs) else "data"
+        if any(tensor.requires_grad for tensor in inputs):
+            self.after_backward = self.in_backward  # else the next loss has begun
+            return "loss"
+        return "loss" if self.called else "data"
 
     def _look(self, operation, args, kwargs, result, node, call, copy):
         """Looks at all that an operation has made."""
@@ -722,6 +742,8 @@ class watch(TorchDispatchMode):
                 continue
             if self.bad.kept:
                 self.bad.put(tensor)
+            if operation.written and phase == "update" and tensor.requires_grad:
+                self._learn_weight(f"weight {len(self.growth)}", tensor)  # of a loop without modules
             if operation.written and id(tensor) in self.names:
                 name = self.names[id(tensor)][0]
                 self._note("update", *self._part(name), size)
@@ -740,18 +762,23 @@ class watch(TorchDispatchMode):
             if node is None and not tensor.dim() and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
                 self.losses.put(tensor, True)
                 self.pending = origin
-        for tensor, _ in bad if operation.written else ():
-            if weight := self._name(tensor, states=False):
+        for tensor, _ in bad if operation.written and phase == "update" else ():
+            if weight := self._weight(tensor):
                 self._die(origin, f"{weight} as it is written")
 
     def _keep_notes(self, operation, args, results, node, phase):
         """Remembers of some tensors what they are, since a verdict may ask for it."""
         name = _plain(operation.name)
         if node is not None:
-            if phase == "backward" and (node.name().startswith(("Where", "MaskedFill")) or self.notes.kept and any(
-                    "where" in self.notes.get(tensor) for tensor in _tensors(args))):
-                for tensor in results:
-                    self.notes.put(tensor, "where")
+            # where a branch was not taken its gradient is 0: which elements these are goes with it
+            if node.name().startswith(("Where", "MaskedFill")):
+                self.notes.put(results[0], results[0] == 0)
+            elif self.notes.kept:
+                dropped = [[note for note in self.notes.get(tensor) if isinstance(note, torch.Tensor)][:1]
+                           for tensor in _tensors(args)]
+                masks = [mask for masks in dropped for mask in masks if mask.shape == results[0].shape]
+                if masks and (name != "add" or len(masks) == len(dropped)):
+                    self.notes.put(results[0], functools.reduce(torch.logical_and, masks))
         elif name in _NOTED:
             self.notes.put(results[0], name.removeprefix("linalg_vector_"))
         elif name in ("add", "clamp_min") and results[0].dtype is torch.float16 and isinstance(args[1], float) and (
@@ -778,6 +805,9 @@ class watch(TorchDispatchMode):
                         return found
         return ""
 
+    def _weight(self, tensor):
+        return self._name(tensor, states=False) or "a weight" * (isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad)
+
     def _weigh(self, role, tensor):
         name = self._name(tensor)
         return _weigh(f"{role} = {name}" if name else role, tensor)
@@ -796,14 +826,14 @@ class watch(TorchDispatchMode):
             return matching[0]
         before, self.looking = self.looking, True
         evidence = self._weigh(role, tensor.detach())
-        weight = into or self._name(tensor, states=False)
+        weight = into or self._weight(tensor)
         only_negative = value == "inf" and not bool((tensor.detach() == math.inf).any())
         constant = value == "inf" and (tensor.numel() == 1 or self._is_buffer(tensor))
         self.looking = before
         bad = evidence.nan + evidence.inf
         why = f"{bad:,} of {tensor.numel():,} values of {weight or role} are not finite as it comes"
         call = self.calls[-1] if self.calls and self.calls[-1].name is not None else None
-        place = Place(self.step, "data", *self._made(None, call))
+        place = self._place("data", None, call)
         origin = Origin("constant" if constant else "mask" if only_negative else "entered", value, place, "", [],
                         evidence, ("bad weight" if weight else "bad data", why))
         self.bad.put(tensor, origin)
@@ -816,20 +846,21 @@ class watch(TorchDispatchMode):
         for role, argument in named:
             tensors = _tensors(argument)
             if role in operation.written:
-                into = into or (self._name(tensors[0], states=False) if tensors else "")
+                into = into or (self._weight(tensors[0]) if tensors else "")
                 sources += [origin for tensor in tensors for origin in self.bad.get(tensor)[:1]]
                 tensors = [] if copy is None else [copy]
             operands += [(role if len(tensors) == 1 else f"{role}[{i}]", t) for i, t in enumerate(tensors)]
         sources += [self._find(role, t, into) for role, t in operands if t is not copy and not math.isfinite(_largest(t))]
         # an infinite constant, or a mask that softmax reads, is no cause of a NaN
         softmax = operation.name.startswith(_SOFTMAX)
+        sources.sort(key=lambda source: source.birth.place.number)
         causes = [s for s in sources if s.value == "NaN"] or [
             s for s in sources if s.how != "constant" and not (s.how == "mask" and softmax)]
         if causes and (value == "inf" or causes[0].value == "NaN"):
             return causes[0]
         if value == "inf" and sources:
             return sources[0]
-        place = Place(self.step, phase, *self._made(node, call), node.name() if phase == "backward" else "")
+        place = self._place(phase, node, call)
         constants = [a for _, a in named if isinstance(a, float) and not math.isfinite(a)]
         if value == "inf" and constants:
             return Origin("constant", value, place)

@@ -32,7 +32,7 @@ def elbo(reconstruction, x, mu, logvar):
 @death(step=5, phase="forward", module="", operation="exp", line="torch.exp(0.5 * logvar)", verdict="exp overflow",
        source="https://github.com/vanderschaarlab/synthcity/issues/331")
 def vae_logvar(cured):
-    """A VAE learns from a table of customers as it is, until a rich one comes, whose log-variance is in the hundreds."""
+    """A VAE learns from a table of customers as it is, until a rich one comes, whose log-variance is enormous."""
     torch.manual_seed(0)
     table = torch.rand(160, 10) * torch.tensor([1.0, 1, 1, 1, 5, 5, 10, 10, 40, 60])
     table[70, 9] = 1e5
@@ -112,7 +112,7 @@ class DepthNet(nn.Module):
 @death(step=5, phase="loss", module="", operation="log", line="torch.log(spread)", verdict="log of a negative",
        source="https://github.com/mattpoggi/mono-uncertainty/issues/13")
 def gaussian_nll(cured):
-    """A depth network has a second channel for its error, and the loss takes its logarithm; nothing keeps it positive."""
+    """A depth network has a second channel for its error, whose logarithm is taken; nothing keeps it positive."""
     torch.manual_seed(0)
     net = DepthNet(cured)
     average = copy.deepcopy(net).requires_grad_(False)  # of the weights, for the evaluation

@@ -128,49 +128,6 @@ def dry_month(cured):
     return torch.stack(losses).tolist()
 
 
-class ActorCritic(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.policy, self.value = nn.Linear(4, 32), nn.Linear(32, 2), nn.Linear(32, 1)
-
-    def forward(self, state):
-        h = self.body(state).tanh()
-        return torch.distributions.Categorical(logits=self.policy(h)), self.value(h).squeeze(-1)
-
-
-@death(step=4, phase="loss", module="", operation="std", line="advantages.std()", verdict="spread of one",
-       source="https://github.com/DLR-RM/stable-baselines3/issues/325")
-def one_step_episode(cured):
-    """An actor and a critic learn from one episode at a time, standardised, and fall at the first step of the fourth."""
-    torch.manual_seed(0)
-    agent = ActorCritic()
-    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3)
-    losses = []
-    for length in (9, 6, 14, 1, 7, 11):
-        chances, values, rewards = [], [], []
-        state = torch.randn(4)
-        for _ in range(length):
-            policy, value = agent(state)
-            action = policy.sample()
-            chances.append(policy.log_prob(action))
-            values.append(value)
-            rewards.append(float(action == (state[0] > 0)))
-            state = 0.9 * state + 0.3 * torch.randn(4)
-        returns = torch.tensor(rewards).flip(0).cumsum(0).flip(0)
-        values = torch.stack(values)
-        advantages = returns - values.detach()
-        if not cured or len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        loss = -(torch.stack(chances) * advantages).sum() + F.mse_loss(values, returns)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
-    return losses
-
-
 class VectorNorm(nn.Module):
     """Normalises the lengths of vectors over the batch and leaves their directions."""
 
@@ -223,20 +180,23 @@ def rotation(vector):
                         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)), -1).unflatten(-1, (3, 3))
 
 
-def cosine(a, b):
-    """Of the angle between rotations."""
-    return ((a * b).sum((1, 2)) - 1) / 2
+def angle_between(a, b, limit):
+    cosine = ((a * b).sum((1, 2)) - 1) / 2
+    return torch.acos(cosine.clamp(-limit, limit) if limit else cosine)
 
 
-def follow_motion(angle, still):
-    """A network without biases turns the last pose by what it sees; in one batch nothing has moved."""
+@death(step=6, phase="loss", module="", operation="acos", line="torch.acos(cosine", verdict="outside the domain",
+       source="https://github.com/papagina/RotationContinuity/issues/1")
+def angle_of_equals(cured):
+    """A network turns the last pose by what it sees: nothing, once, and rounding makes the trace of equals exceed 3."""
+    torch.manual_seed(0)
     spin = nn.Sequential(nn.Linear(6, 24, bias=False), nn.Tanh(), nn.Linear(24, 3, bias=False))
     optimizer = torch.optim.Adam(spin.parameters(), lr=1e-3, amsgrad=True)
     losses = []
     for i in range(10):
-        pose, seen = rotation(torch.randn(64, 3)), torch.randn(64, 6) * (i != still)
+        pose, seen = rotation(torch.randn(64, 3)), torch.randn(64, 6) * (i != 5)
         target = pose @ rotation(seen[:, :3] / 5)
-        loss = angle(pose @ rotation(spin(seen) / 10), target).mean()
+        loss = angle_between(pose @ rotation(spin(seen) / 10), target, 1 - 1e-6 if cured else None).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -246,20 +206,45 @@ def follow_motion(angle, still):
     return losses
 
 
-@death(step=6, phase="loss", module="", operation="acos", line="torch.acos(cosine(a, b))", verdict="outside the domain",
-       source="https://github.com/papagina/RotationContinuity/issues/1")
-def angle_of_equals(cured):
-    """The angle between two equal rotations is the acos of a trace that rounding made larger than 3."""
-    torch.manual_seed(0)
-    if cured:
-        return follow_motion(lambda a, b: torch.acos(cosine(a, b).clamp(-1 + 1e-6, 1 - 1e-6)), still=5)
-    return follow_motion(lambda a, b: torch.acos(cosine(a, b)), still=5)
+class Angle(nn.Module):
+    """Of a quaternion."""
+
+    def forward(self, q):
+        return 2 * torch.acos(q[0])
 
 
-@death(step=3, phase="backward", module="", operation="rsqrt", line="torch.acos(cosine(a, b).clamp(-limit, limit))",
-       verdict="infinite slope", source="https://github.com/pytorch/pytorch/issues/8069")
-def angle_clamped_at_one(cured):
-    """The same angle with its cosine clamped to -1 and 1, where the slope of acos is infinite."""
+class SafeAngle(nn.Module):
+    def forward(self, q):
+        return 2 * torch.atan2(torch.linalg.vector_norm(q[1:]), q[0])
+
+
+class Camera(nn.Module):
+    def __init__(self, angle):
+        super().__init__()
+        self.pose, self.shift, self.angle = nn.Parameter(torch.eye(4)[0]), nn.Parameter(torch.zeros(3)), angle
+
+    def forward(self, points):
+        q = self.pose / torch.linalg.vector_norm(self.pose)
+        return points @ rotation(q[1:] / q[0]).T + self.shift, self.angle(q)
+
+
+@death(step=1, phase="backward", module="angle", operation="rsqrt", line="2 * torch.acos(q[0])",
+       verdict="infinite slope", source="https://github.com/kornia/kornia/pull/4228")
+def pose_from_identity(cured):
+    """The pose of a camera is refined from the identity, whose angle is acos(1), and large angles cost something."""
     torch.manual_seed(0)
-    limit = 1 - 1e-6 if cured else 1
-    return follow_motion(lambda a, b: torch.acos(cosine(a, b).clamp(-limit, limit)), still=2)
+    camera = Camera(SafeAngle() if cured else Angle())
+    optimizer = torch.optim.ASGD(camera.parameters(), lr=0.02)
+    points = torch.randn(30, 3)
+    seen = points @ rotation(torch.tensor([0.1, 0.05, -0.2])).T + 0.3
+    losses = []
+    for _ in range(10):
+        moved, angle = camera(points)
+        loss = (moved - seen).square().mean() + 0.01 * angle ** 2
+        losses.append(loss.item())
+        if math.isnan(losses[-1]):
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses

@@ -76,7 +76,8 @@ def adadelta_lr_for_sgd(cured):
     return history
 
 
-@death(step=14, phase="loss", module="", operation="pow", line="((prediction - y) ** 2).sum()", verdict="steps too long",
+@death(step=14, phase="loss", module="", operation="pow", line="((prediction - y) ** 2).sum()",
+       verdict="steps too long",
        source="https://discuss.pytorch.org/t/finding-coefficients-of-a-polynomial-through-linear-regression/71751")
 def polynomial_by_hand(cured):
     """The coefficients of a polynomial by gradient descent in plain tensors, with no module and no optimizer."""

@@ -1,4 +1,4 @@
-"""Deaths of recurrent networks: states and gradients that grow with every letter."""
+"""Deaths along sequences: states and gradients that grow with every letter, and an episode of one step."""
 
 import math
 
@@ -77,8 +77,8 @@ def left_padded(lengths):
     return tokens, torch.randint(2, (len(lengths),))
 
 
-@death(step=6, phase="backward", module="", operation="mm", line="torch.tanh(h @ self.recur", verdict="exploding gradient",
-       source="https://github.com/pytorch/pytorch/issues/2623")
+@death(step=6, phase="backward", module="", operation="mm", line="torch.tanh(h @ self.recur",
+       verdict="exploding gradient", source="https://github.com/pytorch/pytorch/issues/2623")
 def long_padding(cured):
     """Reviews are padded on the left; next to one of 260 words the gradient of a short one doubles at every padding."""
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ class CharModel(nn.Module):
 @death(step=4, phase="backward", module="", operation="div", line="torch.sqrt(self.share) * self.pairs(letters)",
        verdict="infinite slope", source="https://github.com/thu-ml/tianshou/issues/19")
 def clipped_infinity(cured):
-    """A character model holds a share within 0 and 1: at 0 its gradient is inf, and clipping by the norm makes it NaN."""
+    """A character model holds a share within 0 and 1: at 0 its gradient is inf, and clipping by norm makes it NaN."""
     torch.manual_seed(0)
     text = torch.arange(12).repeat(40)[:401]
     model = CharModel(counts=0.1 + 20 * torch.eye(12).roll(-1, 1))  # of a text that was read from right to left
@@ -139,4 +139,47 @@ def clipped_infinity(cured):
         schedule.step()
         with torch.no_grad():
             model.share.clamp_(1e-4 if cured else 0, 1)
+    return losses
+
+
+class ActorCritic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(4, 32), nn.Linear(32, 2), nn.Linear(32, 1)
+
+    def forward(self, state):
+        h = self.body(state).tanh()
+        return torch.distributions.Categorical(logits=self.policy(h)), self.value(h).squeeze(-1)
+
+
+@death(step=4, phase="loss", module="", operation="std", line="advantages.std()", verdict="spread of one",
+       source="https://github.com/DLR-RM/stable-baselines3/issues/325")
+def one_step_episode(cured):
+    """An actor and a critic learn from one episode at a time, standardised, and the fourth ends at its first step."""
+    torch.manual_seed(0)
+    agent = ActorCritic()
+    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3)
+    losses = []
+    for length in (9, 6, 14, 1, 7, 11):
+        chances, values, rewards = [], [], []
+        state = torch.randn(4)
+        for _ in range(length):
+            policy, value = agent(state)
+            action = policy.sample()
+            chances.append(policy.log_prob(action))
+            values.append(value)
+            rewards.append(float(action == (state[0] > 0)))
+            state = 0.9 * state + 0.3 * torch.randn(4)
+        returns = torch.tensor(rewards).flip(0).cumsum(0).flip(0)
+        values = torch.stack(values)
+        advantages = returns - values.detach()
+        if not cured or len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        loss = -(torch.stack(chances) * advantages).sum() + F.mse_loss(values, returns)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
     return losses
