@@ -5,7 +5,7 @@
     data         load_dataset, load_data               MNIST and Fashion-MNIST, enlarged
     networks     LeNet, AlexNet, init_weights
     training     train, evaluate, History
-    diagnosis    first_nonfinite, outcome, final_loss  where the first inf or NaN is born; what became of a run
+    diagnosis    final_loss, outcome                   what became of a run; where a NaN was born says whynan.py
     results      save_results, Sweep                   one JSON file a run, or a sweep of many
     figures      STYLE, show                           one look
 
@@ -14,7 +14,6 @@ Shapes are written (batch, channel, height, width). A *step* is one mini-batch; 
 
 import contextlib
 import errno
-import functools
 import itertools
 import json
 import math
@@ -677,115 +676,6 @@ class _Checkpoint:
 
 
 # ----------------------------------------------------------------------------------------------- diagnosis
-class NonFinite(NamedTuple):
-    """Where the first inf or NaN of a training run was born; print it."""
-
-    step: int
-    phase: str  # "forward", "loss", "backward" or "update"
-    layer: str  # name in net.named_modules(); "" in phase "loss"
-    tensor: str  # "output", "loss", "gradient of the input", "gradient of weight", "weight", …
-    value: str  # "inf" or "nan"
-    largest: list  # the ten largest finite magnitudes it was computed from: (magnitude, "tensor[index]")
-    trail: list  # what was finite before it: (step, phase, layer, tensor, largest magnitude), oldest first
-
-    def __str__(self):
-        where = f"step {self.step}, {self.phase}" + (f", layer {self.layer}" if self.layer else "")
-        lines = [f"first {self.value} at {where}: {self.tensor}", "", "largest magnitudes it was computed from"]
-        lines += [f"  {magnitude:10.3g}  {name}" for magnitude, name in self.largest]
-        lines += ["", "the last finite tensors before it, and their largest magnitude"]
-        lines += [f"  {magnitude:10.3g}  step {step} {phase:8s} {layer:6s} {tensor}"
-                  for step, phase, layer, tensor, magnitude in self.trail[-10:]]
-        return "\n".join(lines)
-
-
-class _Born(Exception):
-    """Carries the `NonFinite` out of the hooks."""
-
-
-def first_nonfinite(net, train_iter, lr, *, max_steps=100, optimizer=torch.optim.SGD, loss_fn=F.cross_entropy,
-                    precision="auto"):
-    """Train net in place until the first inf or NaN is born; returns its `NonFinite`, or None after max_steps.
-
-    Looks at every layer's output (forward), the loss, each layer's gradients in the order in which they are
-    computed (backward), and the weights after the optimizer's step (update). A layer is a module without
-    children that takes and gives one tensor. In backward, a bad gradient belongs to the layer that computed it.
-    An input that is not finite is reported as phase "forward", layer "input". train_iter yields (X, y), X of
-    floats; the loss is loss_fn(net(X), y). Raises ValueError for a bad lr, max_steps or precision.
-    """
-    p = check_parameters(lr=lr, max_steps=max_steps, precision=precision)
-    device = next(net.parameters()).device
-    net.to(memory_format=torch.channels_last).train()
-    optimizer = optimizer(net.parameters(), lr=p.lr)
-    layers = {name: layer for name, layer in net.named_modules() if not list(layer.children())}
-    in_place = [layer for layer in layers.values() if getattr(layer, "inplace", False)]
-    for layer in in_place:  # torch allows no backward hook on what overwrites its input
-        layer.inplace = False
-    inputs, trail, step = {}, [], 0
-
-    def look(phase, layer, tensor, value, operands):
-        """Note the tensor's largest magnitude; stop everything if it isn't finite."""
-        magnitude = value.detach().abs().max().item()  # NaN wins every comparison in torch's max
-        if math.isfinite(magnitude):
-            trail.append((step, phase, layer, tensor, magnitude))
-            return
-        kind = "nan" if value.isnan().any() else "inf"
-        raise _Born(NonFinite(step, phase, layer, tensor, kind, _largest(operands), trail))
-
-    def after_forward(name, layer, args, output):
-        inputs[name] = args[0].detach()
-        look("forward", name, "output", output, {"input": args[0], **dict(layer.named_parameters())})
-
-    def after_backward(name, layer, grad_input, grad_output):
-        operands = {"gradient of the output": grad_output[0], "input": inputs[name], **dict(layer.named_parameters())}
-        for parameter, value in layer.named_parameters():
-            if value.grad is not None:
-                look("backward", name, f"gradient of {parameter}", value.grad, operands)
-        if grad_input[0] is not None:
-            look("backward", name, "gradient of the input", grad_input[0], operands)
-
-    hooks = []
-    for name, layer in layers.items():
-        hooks.append(layer.register_forward_hook(functools.partial(after_forward, name)))
-        hooks.append(layer.register_full_backward_hook(functools.partial(after_backward, name)))
-    batches = itertools.chain.from_iterable(itertools.repeat(train_iter))
-    try:
-        for X, y in itertools.islice(batches, p.max_steps):
-            step += 1
-            X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
-            look("forward", "input", "X", X, {"X": X})
-            X.requires_grad_()  # else torch has no gradient to hand to the first layer's hook, and warns
-            with _autocast(device, p.precision):
-                logits = net(X).float()
-                loss = loss_fn(logits, y)
-            look("loss", "", "loss", loss, {"logits": logits})
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for name, layer in layers.items():
-                for parameter, value in layer.named_parameters():
-                    look("update", name, parameter, value, {f"gradient of {parameter}": value.grad})
-    except _Born as birth:
-        return birth.args[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in in_place:
-            layer.inplace = True
-    return None
-
-
-def _largest(tensors, count=10):
-    """The `count` largest finite magnitudes among the named tensors: [(magnitude, "name[index]")], largest first."""
-    found = []
-    for name, tensor in tensors.items():
-        flat = tensor.detach().float().abs().flatten()
-        magnitudes, places = flat.where(flat.isfinite(), -1.0).topk(min(count, len(flat)))
-        for magnitude, place in zip(magnitudes.tolist(), places.tolist(), strict=True):
-            index = ", ".join(str(i.item()) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
-            found.append((magnitude, f"{name}[{index}]"))
-    return sorted((pair for pair in found if pair[0] >= 0), reverse=True)[:count]
-
-
 def final_loss(losses):
     """The loss at which a run ended: the median of its last third; NaN if any loss is not finite.
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -33,7 +32,6 @@ from helpers import (
     Sweep,
     check_parameters,
     evaluate,
-    first_nonfinite,
     init_weights,
     load_data,
     outcome,
@@ -94,7 +92,7 @@ def test_lr_is_taken_if_and_only_if_it_is_finite_and_positive(lr):
     lambda: load_data("CIFAR"), lambda: load_data(batch_size=0), lambda: load_data(image_size=20), lambda: AlexNet(66),
     lambda: init_weights(LeNet(), "foo"), lambda: train(LeNet(), [1], lr="abc"), lambda: train(LeNet(), [1], lr=-1),
     lambda: train(LeNet(), [1], log_every=0), lambda: train(LeNet(), [1], checkpoint="/no/such/folder/file"),
-    lambda: first_nonfinite(LeNet(), [], 0), lambda: helpers.save_results("/no/such/folder/file", {}),
+    lambda: helpers.save_results("/no/such/folder/file", {}),
     lambda: evaluate(LeNet(), []), lambda: train(LeNet(), []), lambda: outcome([]),
     lambda: Sweep("/no/such/folder/file")(dict)])
 def test_functions_refuse_bad_arguments_the_same_way(call):
@@ -512,99 +510,6 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_kept(tmp_pa
     assert path.read_bytes() == kept
 
 
-# ----------------------------------------------------------------------------------------------- diagnosis
-class Plant(nn.Module):
-    """Passes its input on, except in the given pass, when `bad` is what it says (forward) or backpropagates."""
-
-    def __init__(self, bad, forward_at=0, backward_at=0):
-        super().__init__()
-        self.bad, self.forward_at, self.backward_at, self.calls = bad, forward_at, backward_at, 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls == self.forward_at:
-            x = torch.where(torch.arange(x.numel()).view_as(x) == 3, self.bad, x)
-        if self.calls == self.backward_at:
-            x = x + 0
-            x.register_hook(lambda gradient: gradient * self.bad)
-        return x
-
-
-def small(plant=None):
-    torch.manual_seed(0)
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), first=nn.Linear(784, 30), relu=nn.ReLU(),
-                                     plant=plant or nn.Identity(), last=nn.Linear(30, 10)))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_value_planted_in_the_forward_phase(bad):
-    birth = first_nonfinite(small(Plant(bad, forward_at=3)), digits()[0], 0.1)
-    assert (birth.step, birth.phase, birth.layer, birth.tensor) == (3, "forward", "plant", "output")
-    assert birth.value == str(abs(bad)) and len(birth.largest) == 10
-    assert birth.trail[-1][:4] == (3, "forward", "relu", "output")
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_value_planted_in_the_loss(precision):
-    net = small()
-    with torch.no_grad():  # scores of ±3e38 are finite, the distance between two of them is not
-        net.last.weight.zero_()
-        net.last.bias.copy_(torch.tensor([3e38, -3e38] * 5))
-    birth = first_nonfinite(net, digits()[0], 0.1, precision=precision)
-    assert (birth.step, birth.phase, birth.layer, birth.value) == (1, "loss", "", "inf")
-    planted = torch.tensor(3e38, dtype=getattr(torch, precision)).item()
-    assert birth.largest[0][0] == pytest.approx(planted) and birth.largest[0][1].startswith("logits[")
-
-
-def test_a_value_planted_in_the_backward_phase():
-    birth = first_nonfinite(small(Plant(math.nan, backward_at=2)), digits()[0], 0.1)
-    assert (birth.step, birth.phase, birth.layer, birth.value) == (2, "backward", "plant", "nan")
-
-
-def test_a_value_planted_in_the_update():
-    X, y = next(iter(digits()[0]))
-    birth = first_nonfinite(small(), [(X * 1e4, y)], 1e38)
-    assert (birth.step, birth.phase, birth.layer, birth.tensor, birth.value) == (1, "update", "first", "weight", "inf")
-    assert all(name.startswith("gradient of weight[") for _, name in birth.largest)
-
-
-def test_a_bad_image_is_named_as_such():
-    X, y = next(iter(digits()[0]))
-    X[0, 0, 0, 0] = math.nan
-    birth = first_nonfinite(small(), [(X, y)], 0.1)
-    assert (birth.step, birth.phase, birth.layer, birth.tensor) == (1, "forward", "input", "X")
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_largest_values_are_those_of_the_operands(precision):
-    net = small(Plant(math.nan, forward_at=1))
-    X, y = next(iter(digits()[0]))
-    birth = first_nonfinite(net, [(X, y)], 0.1, precision=precision)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        expected = net.relu(net.first(net.flatten(X))).flatten().topk(10).values.tolist()
-    assert [magnitude for magnitude, _ in birth.largest] == pytest.approx(expected)
-
-
-def test_another_network_and_another_loss():
-    torch.manual_seed(0)
-    net = torchvision.models.alexnet(num_classes=4)  # its ReLUs work in place
-    batch = torch.rand(2, 3, 63, 63), torch.rand(2, 4)
-    birth = first_nonfinite(net, [batch], 1e30, loss_fn=nn.functional.mse_loss, max_steps=5)
-    assert birth.step > 1 and birth.layer in dict(net.named_modules())
-    assert net.features[1].inplace
-
-
-def test_a_healthy_run_is_left_alone_and_trained():
-    diagnosed, trained = small(), small()
-    train_iter, _ = digits()
-    train_iter.set_epoch(0)
-    assert first_nonfinite(diagnosed, train_iter, 0.1, max_steps=12) is None
-    train(trained, train_iter, None, 1, 0.1, progress=False)
-    assert all(torch.allclose(a, b) for a, b in zip(diagnosed.parameters(), trained.parameters(), strict=True))
-    assert not any(layer._forward_hooks or layer._backward_hooks for layer in diagnosed.modules())
-
-
-# ------------------------------------------------------------------------------------------- results, machine
 # ------------------------------------------------------------------------------------------ outcome, sweeps
 @pytest.mark.parametrize(("losses", "expected"), [
     ([2.9, 1e5, 1e24, math.nan], "nan"), ([2.9, math.inf, 2.0], "nan"), ([2.9, 1e5, "NaN"], "nan"),

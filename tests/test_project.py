@@ -35,7 +35,8 @@ def requirements():
 
 
 def imported():
-    sources = [path.read_text(encoding="utf-8") for path in [HERE / "helpers.py", *(HERE / "tests").rglob("*.py")]]
+    paths = [HERE / "helpers.py", HERE / "whynan.py", *(HERE / "tests").rglob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in paths]
     for path in (HERE / "notebooks").rglob("*.ipynb"):
         sources += [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     modules = set()
@@ -44,7 +45,8 @@ def imported():
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module.split(".")[0])
-    return modules - set(sys.stdlib_module_names) - {"helpers"}
+    own = {path.stem for path in paths} | {"nan_cases"}
+    return modules - set(sys.stdlib_module_names) - own
 
 
 def test_everything_imported_is_listed_and_everything_listed_is_used():
