@@ -10,17 +10,18 @@ bad value was made, what it was made of, and, where that is certain, why, and wh
 or later) and nothing else: copy it into any project. Read it from top to bottom:
 
     evidence    Line, Evidence            what is known of a line and of a tensor
-    reasons     VERDICTS, _reason         what it is and what to do, where the evidence is sufficient
-    report      Origin, NonFiniteError    where a bad value comes from, told
-    memory      _Memory                   what is known of the memory that tensors lie in
+    reasons     Origin, VERDICTS          where a bad value comes from; what it is, where the evidence is sufficient
+    report      NonFiniteError
+    memory      _Memory, _Operation       what is known of the memory that tensors lie in, and of operations
     watch       watch                     sees every operation of the block
 
 It works beneath autograd: a `TorchDispatchMode` is called for every operation, those of the backward pass and of the
-optimizer too. An operation is a *birth* if its result is not finite although its operands are. What comes of a bad
-value later is traced through the memory that it is kept in, so that of many infinities the one that did harm is told.
+optimizer too. An operation is a *birth* if its result is not finite although its operands are. What becomes of a bad
+value is followed through the memory that it lies in, so that of many infinities the one that did harm is told.
 """
 
 import collections
+import contextlib
 import functools
 import gc
 import linecache
@@ -109,20 +110,15 @@ def _largest(tensor):
     return max(abs(low), abs(high)) if low == low else low
 
 
-_TORCH, _HERE = os.path.dirname(torch.__file__), __file__
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_kinds = {}  # of code objects: "torch" (and Python's own), "library" or "user"
+_OWN = os.path.dirname(torch.__file__), __file__, "<frozen", *(sysconfig.get_path(p) for p in ("stdlib", "platstdlib"))
 
 
-def _kind(code):
-    name = code.co_filename
-    if name.startswith((_TORCH, _HERE, "<frozen")):
-        kind = "torch"
-    elif "site-packages" in name or "dist-packages" in name:
-        kind = "library"
-    else:
-        kind = "torch" if name.startswith(_LIBRARIES) else "user"
-    return _kinds.setdefault(code, kind)
+@functools.cache
+def _whose(code):
+    """Whose a code object is: of a "user", of another "library", or "torch", which is Python's own too."""
+    if "site-packages" in code.co_filename or "dist-packages" in code.co_filename:
+        return "torch" if code.co_filename.startswith(_OWN[0]) else "library"
+    return "torch" if code.co_filename.startswith(_OWN) else "user"
 
 
 def _caller(beyond_function=False):
@@ -131,11 +127,11 @@ def _caller(beyond_function=False):
     beyond_function: of the frames outside of the call of an autograd.Function, if there is one.
     """
     frame, library, user = sys._getframe(1), None, None
-    while frame and not (user and not beyond_function):
-        code, kind = frame.f_code, _kinds.get(frame.f_code) or _kind(frame.f_code)
-        if kind == "user":
+    while frame and (beyond_function or not user):
+        code, whose = frame.f_code, _whose(frame.f_code)
+        if whose == "user":
             user = user or (code, frame.f_lineno)
-        elif kind == "library":
+        elif whose == "library":
             library = library or (code, frame.f_lineno)
         elif beyond_function and code.co_name == "apply" and code.co_filename.endswith("function.py"):
             user = library = None
@@ -158,6 +154,33 @@ def _line(place):
 
 
 # -------------------------------------------------------------------------------------------------- reasons
+class Origin(NamedTuple):
+    """Where a bad value comes from."""
+
+    how: str  # "operation" made it, it "entered" from outside, or a "constant" or a "mask" did, which may be infinite
+    value: str  # "NaN" or "inf"
+    number: int  # origins are numbered as they are met
+    step: int
+    phase: str
+    module: str
+    kind: str  # the module's class; "" outside of all
+    caller: tuple  # (code, line number) of the user's line, and of the innermost one of another library or None
+    node: str  # autograd's node, in the backward phase
+    operation: str = ""
+    operands: tuple = ()  # of Evidence
+    result: Evidence | None = None
+    reason: tuple = ("unknown", "")  # (verdict, its evidence)
+    source: "Origin | None" = None  # of a NaN that was made of an infinity: where that came from
+
+    @property
+    def birth(self):
+        return self.source or self
+
+    def __str__(self):
+        module = f"{self.module or 'the network itself'} ({self.kind})" if self.kind else "outside of all modules"
+        return f"step {self.step}, {self.phase} phase, {module}"
+
+
 VERDICTS = {
     "bad data": "Mend the row where the data is made; isfinite().all() checks a batch",
     "bad weight": "Load another checkpoint, or initialise this weight anew",
@@ -198,12 +221,15 @@ def _plain(name):
     return name.removeprefix("_foreach_").removesuffix("_")
 
 
-def _reason(name, given, operands, result, place, notes, growth):
-    """(verdict, its evidence) of a birth: by name and arguments of the operation, its tensors, and what was before.
+def _reason(birth, given, operands, result, notes, growth):
+    """(verdict, its evidence) of a birth.
 
-    operands [(role, tensor)]; notes(tensor) gives what is remembered of it; growth says which weight grew, or is None.
+    given      the operation's arguments by name
+    operands   [(role, tensor)]
+    notes      notes(tensor) is what is remembered of it
+    growth     which weight has grown, as text, or None
     """
-    name, tensors = _plain(name), {role.partition("[")[0]: tensor for role, tensor in operands}
+    name, tensors = _plain(birth.operation), {role.partition("[")[0]: tensor for role, tensor in operands}
     bad, has_nan, half = ~result.isfinite(), bool(result.isnan().any()), result.dtype is torch.float16
     largest = sorted((_largest(tensor) for _, tensor in operands if tensor.isfinite().all()), reverse=True)
     below = tensors.get(_DENOMINATORS.get(name))
@@ -215,10 +241,10 @@ def _reason(name, given, operands, result, place, notes, growth):
         dropped = [note for _, tensor in operands for note in notes(tensor) if isinstance(note, torch.Tensor)]
         if any(mask.shape == bad.shape and mask[bad].all() for mask in dropped):
             return "where trap", "the gradient is 0 where the other branch was taken, and 0 times an infinite slope is NaN"
-        if place.phase == "update":
+        if birth.phase == "update":
             return "Adam's denominator", f"{zeros} denominators are 0" + ", as float16 has no eps below 6e-8" * half
-        if place.node.startswith(_SLOPES):
-            function = place.node.partition("Backward")[0]
+        if birth.node.startswith(_SLOPES):
+            function = birth.node.partition("Backward")[0]
             return "infinite slope", f"the value of {function} is finite, its slope is infinite at {zeros} places"
         if note.startswith("eps"):
             return "vanished eps", f"{zeros} denominators are 0: {note} is 0 in float16"
@@ -243,8 +269,8 @@ def _reason(name, given, operands, result, place, notes, growth):
         return "spread of one", "one element has no deviation: 0 / (1 - 1)"
     if name.endswith("ctc_loss") and not has_nan:
         return "no alignment", "a label is longer, with its repeats, than its input"
-    infinite = any(t.isinf().any() for _, t in operands) or any(abs(v) == math.inf for v in given.values() if isinstance(v, float))
-    if name == "mul" and has_nan and infinite and any((t == 0).any() for _, t in operands):
+    infinite = [abs(v) == math.inf for v in given.values() if isinstance(v, float)] + [t.isinf().any() for _, t in operands]
+    if name == "mul" and has_nan and any(infinite) and any((t == 0).any() for _, t in operands):
         return "zero times infinity", "a factor is 0 where the other is infinite"
     if "_norm" in name and given.get("eps") == 0:
         return "constant normalised", "its eps is 0"
@@ -258,49 +284,16 @@ def _reason(name, given, operands, result, place, notes, growth):
         pair = largest[0], largest[0] if squares or len(largest) == 1 else largest[1]
         digits = [math.log10(max(value, 1e-300)) for value in pair]
         if max(sum(digits), exponent * digits[0]) + size >= math.log10(torch.finfo(result.dtype).max):
-            if growth or place.phase == "update":
+            if growth or birth.phase == "update":
                 return "steps too long", growth or f"learning rate times gradient ({largest[0]:.2g}) is beyond all numbers"
-            if place.phase == "backward":
+            if birth.phase == "backward":
                 return "exploding gradient", f"values up to {largest[0]:.2g} are multiplied on the way back"
-            if place.step == 1:
+            if birth.step == 1:
                 return "wrong scale", f"at the first step already values up to {largest[0]:.2g} are multiplied"
     return "unknown", "the evidence is not sufficient for a verdict"
 
 
 # --------------------------------------------------------------------------------------------------- report
-class Place(NamedTuple):
-    """Where an operation was called."""
-
-    step: int
-    phase: str
-    module: str = ""
-    kind: str = ""  # the module's class; "" outside of all
-    caller: tuple = ()  # (code, line number) of the user's line, and of the innermost one of another library or None
-    node: str = ""  # autograd's node, in the backward phase
-    number: int = 0  # places are numbered as they are met
-
-    def __str__(self):
-        module = f"{self.module or 'the network itself'} ({self.kind})" if self.kind else "outside of all modules"
-        return f"step {self.step}, {self.phase} phase, {module}"
-
-
-class Origin(NamedTuple):
-    """Where a bad value comes from."""
-
-    how: str  # "operation" made it, it "entered" from outside, or a "constant" was given
-    value: str  # "NaN" or "inf"
-    place: Place
-    operation: str = ""
-    operands: list = ()  # of Evidence, as is
-    result: Evidence | None = None
-    reason: tuple = ()  # (verdict, its evidence)
-    source: "Origin | None" = None  # of a NaN that was made of an infinity: where that came from
-
-    @property
-    def birth(self):
-        return self.source or self
-
-
 class NonFiniteError(FloatingPointError):
     """The NaN or inf that a run died of, from its birth on. The text is the report; these are its parts:
 
@@ -319,16 +312,14 @@ class NonFiniteError(FloatingPointError):
 
     def __init__(self, origin, reached, trail):
         birth = origin.birth
-        self.step, self.phase, self.module = birth.place[:3]
-        self.operation, self.operands, self.result, self.trail = birth.operation, birth.operands, birth.result, trail
-        lines = [_line(caller) for caller in dict.fromkeys(birth.place.caller) if caller]
+        self.step, self.phase, self.module, self.operation = birth.step, birth.phase, birth.module, birth.operation
+        self.operands, self.result, self.trail = birth.operands, birth.result, trail
+        lines = [_line(caller) for caller in dict.fromkeys(birth.caller) if caller]
         self.line = lines[0] if lines else None
-        self.verdict, why = birth.reason
-        if origin.source and self.verdict == "unknown" and origin.operation.startswith("mul") and origin.reason == "clip":
-            self.verdict, why = "infinite norm clipped", "an infinite gradient times 0, as its norm is infinite, is NaN"
+        self.verdict, why = origin.reason if birth.reason[0] == "unknown" and origin.source else birth.reason
         how = f"is born: {birth.operation}" if birth.how == "operation" else "enters"
-        then = f"it becomes NaN at {origin.place}: {origin.operation}; " if origin.source else ""
-        text = [f"{birth.value} at {birth.place}, {how}", *(f"    {line}" for line in lines),
+        then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
+        text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result)), "", "the largest magnitudes"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
@@ -352,16 +343,16 @@ class _Memory:
 
     def put(self, tensor, *things):
         """Remembers these things, or none, and forgets what it knew of all that the tensor has overwritten."""
-        storage, start, size = tensor.untyped_storage(), tensor.storage_offset(), tensor.element_size()
+        storage = tensor.untyped_storage()
         if not things and storage._cdata not in self.kept:
             return
         reference, items = self.kept.get(storage._cdata, (None, []))
         if reference is None or reference.expired():
             reference, items = StorageWeakRef(storage), []
-        end = self._end(tensor)
-        if tensor.numel() == end - start:
-            items = [item for item in items if item[0] < start * size or item[1] > end * size]
-        self.kept[storage._cdata] = reference, items + [(start * size, end * size, thing) for thing in things]
+        start, end = _span(tensor)
+        if tensor.numel() * tensor.element_size() == end - start:
+            items = [item for item in items if item[0] < start or item[1] > end]
+        self.kept[storage._cdata] = reference, items + [(start, end, thing) for thing in things]
         if len(self.kept) > 1000:
             self.kept = {key: pair for key, pair in self.kept.items() if not pair[0].expired()}
 
@@ -370,15 +361,15 @@ class _Memory:
         reference, items = self.kept.get(tensor.untyped_storage()._cdata, (None, []))
         if reference is None or reference.expired():
             return []
-        size = tensor.element_size()
-        start, end = tensor.storage_offset() * size, self._end(tensor) * size
+        start, end = _span(tensor)
         return [thing for a, b, thing in reversed(items) if a < end and b > start]
 
-    @staticmethod
-    def _end(tensor):
-        """One more than the place, in its storage, of the tensor's last element."""
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        return tensor.storage_offset() + 1 + sum((length - 1) * stride for length, stride in steps)
+
+def _span(tensor):
+    """(start, end) of a tensor in its storage, in bytes."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    start, size = tensor.storage_offset(), tensor.element_size()
+    return start * size, (start + 1 + sum((length - 1) * stride for length, stride in steps)) * size
 
 
 class _Operation(NamedTuple):
@@ -390,23 +381,20 @@ class _Operation(NamedTuple):
     silent: bool  # its result is a view of an operand, or is not filled yet
 
 
-_operations = {}
-
-
+@functools.cache
 def _operation(func):
     schema, name = func._schema, func._schema.name.removeprefix("aten::")
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns) and name != "lift_fresh"
-    silent = view or "empty" in name or "::" in name or name in ("resize_", "set_")
-    return _operations.setdefault(func, _Operation(name, [a.name for a in schema.arguments], written, silent))
+    silent = view or "empty" in name or name.startswith("profiler::") or name in ("resize_", "set_")
+    return _Operation(name, [a.name for a in schema.arguments], written, silent)
 
 
 def _tensors(value):
     """The tensors with real or complex values in an argument or a result: one, a list of them, or none."""
     if isinstance(value, torch.Tensor):
-        plain = value.layout is torch.strided and not (value.is_meta or value.is_nested) and (
-            value.is_floating_point() or value.is_complex())
-        return [value] if plain else []
+        numbers = value.is_floating_point() or value.is_complex()
+        return [value] if numbers and value.layout is torch.strided and not (value.is_meta or value.is_nested) else []
     return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
@@ -414,15 +402,16 @@ def _tensors(value):
 _active = None  # the watch whose block runs
 _NOTED = {*_SPREADS, "sum", "linalg_vector_norm"}  # what a denominator may be
 _HANDED_ON = {"sqrt", "add", "mul", "clone", "_to_copy", "mean"}  # what keeps a denominator's note
-_KEPT = {*_DENOMINATORS, *_LOGS, *_DOMAINS, *_EXPS, "sqrt", "mul", "add", "sub"}  # in place, operand worth a copy
+_COPIED = {*_DENOMINATORS, *_LOGS, *_DOMAINS, *_EXPS, "sqrt", "mul", "add", "sub"}  # in place, operand worth a copy
 
 
-class _Module(NamedTuple):
-    """A module that is being called."""
-
-    module: torch.nn.Module
-    name: str | None  # None for a loss that is a module without weights, which counts as outside of all
-    in_backward: bool  # called by autograd: the recomputation of a checkpoint
+def _in_its_thread(method):
+    """A callback of a watch, which hears of other threads too: these are let alone, and everything after a death."""
+    @functools.wraps(method)
+    def callback(self, *args):
+        if threading.get_ident() == self.thread and not self.error:
+            return method(self, *args)
+    return callback
 
 
 class watch(TorchDispatchMode):
@@ -440,8 +429,8 @@ class watch(TorchDispatchMode):
     passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. Otherwise the run is the
     same, bit for bit, and nothing remains of the watch when the block is left, however that happens.
 
-    Every operation is looked at, of the thread that entered the block. Networks compiled by `torch.compile` run
-    eagerly in it. `trail` has the largest magnitudes so far, as `NonFiniteError.trail`.
+    Every operation of the thread that entered the block is looked at; of networks in other threads a warning tells.
+    Networks compiled by `torch.compile` run eagerly in it. `trail` has the magnitudes so far, as `NonFiniteError` has.
 
     Raises ValueError for a bad argument, RuntimeError within another watch.
     """
@@ -449,7 +438,7 @@ class watch(TorchDispatchMode):
     _entered = True  # until one is made
 
     def __init__(self, net=None, *, from_step=1):
-        if not isinstance(net, torch.nn.Module | None):
+        if net is not None and not isinstance(net, torch.nn.Module):
             raise ValueError(f"net = {net!r} is not allowed; net is a torch.nn.Module, or None for any")
         if type(from_step) is not int or from_step < 1:
             raise ValueError(f"from_step = {from_step!r} is not allowed; from_step is a whole number from 1")
@@ -466,79 +455,73 @@ class watch(TorchDispatchMode):
         self._entered = True
         if _active:
             raise RuntimeError("whynan.watch: another watch is active; leave its block first")
-        _active, self.thread = self, threading.get_ident()
-        self.started, self.looking, self.error, self.pending = False, False, None, None
-        self.places = 0
-        self.counts, self.backwards, self.optimizer = {}, 0, None  # steps of each optimizer; the one in its step
-        self.called = self.after_backward = self.in_backward = False  # in this step
-        self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
-        self.bad, self.losses, self.notes = _Memory(), _Memory(), _Memory()
-        self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
+        _active, self.thread, self.started, self.looking, self.exits = self, threading.get_ident(), False, False, None
         self.steps = collections.deque(maxlen=51)  # (step, {(phase, module, tensor): magnitude})
-        self.hooks = [optimizers.register_optimizer_step_pre_hook(self._before_step),
-                      optimizers.register_optimizer_step_post_hook(self._after_step)]
-        self.patched = []
+        self._forget()
+        self.exits = contextlib.ExitStack()
+        for hook in (optimizers.register_optimizer_step_pre_hook(self._before_step),
+                     optimizers.register_optimizer_step_post_hook(self._after_step)):
+            self.exits.callback(hook.remove)
         for owner, name, wrap in ((torch.autograd, "backward", self._watch_backward),
                                   (torch.autograd, "grad", self._watch_backward),
                                   (torch.amp.GradScaler, "step", self._watch_scaler)):
-            original = getattr(owner, name)
-            self.patched.append((owner, name, original))
-            setattr(owner, name, wrap(original))
+            self.exits.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, wrap(getattr(owner, name)))
         if self.from_step == 1:
             self._start()
         return self
 
+    def _forget(self):
+        self.error, self.pending = None, None  # the death; where a loss has a bad value from that may become one
+        self.counts, self.backwards, self.optimizer = {}, 0, None  # steps of each optimizer; the one in its step
+        self.called = self.after_backward = self.in_backward = False  # in this step
+        self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
+        self.bad, self.losses, self.notes, self.origins = _Memory(), _Memory(), _Memory(), 0
+        self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
+
     def _start(self):
         self.started, self.sequence = True, torch.autograd._get_sequence_nr()
-        self.hooks += [modules.register_module_forward_pre_hook(self._enter_module),
-                       modules.register_module_forward_hook(self._leave_module, always_call=True)]
+        for hook in (modules.register_module_forward_pre_hook(self._enter_module),
+                     modules.register_module_forward_hook(self._leave_module, always_call=True)):
+            self.exits.callback(hook.remove)
         # a mode and autograd's sequence numbers belong to a thread: backward in this one, on a GPU too
-        self.settings = [torch.autograd.set_multithreading_enabled(False)]
+        self.exits.enter_context(torch.autograd.set_multithreading_enabled(False))
         if "torch._dynamo" in sys.modules:
-            self.settings.append(torch.compiler.set_stance("force_eager"))
-        for setting in self.settings:
-            setting.__enter__()
+            self.exits.enter_context(torch.compiler.set_stance("force_eager"))
         super().__enter__()
+        self.exits.callback(super().__exit__, None, None, None)
         if self.net is not None:
             self._learn(self.net)
 
     def __exit__(self, kind, error, traceback):
         global _active
-        for hook in self.hooks:
-            hook.remove()
-        for owner, name, original in self.patched:
-            setattr(owner, name, original)
-        if self.started:
-            super().__exit__(kind, error, traceback)
-            for setting in reversed(self.settings):
-                setting.__exit__(None, None, None)
-        _active = None
-        if error is None and not self.error and self.pending:
-            self.error = self._death(self.pending, "the loss with which the block is left")
-        for name in ("net", "counts", "calls", "names", "bad", "losses", "notes", "made", "hooks", "patched"):
-            delattr(self, name)  # else they would keep networks alive
-        if self.error and error is not self.error:
-            raise self.error from error
+        self.exits.close()
+        _active, death = None, self.error
+        if error is None and not death and self.pending:
+            death = self._death(self.pending, "the loss with which the block is left")
+        self._forget()  # else it would keep networks alive
+        if death and error is not death:
+            raise death from error
 
     # --------------------------------------------------------------- what calls operations: modules, backward, steps
-    def _elsewhere(self):
-        return threading.get_ident() != self.thread
-
     def _enter_module(self, module, args):
-        if self._elsewhere():
+        if threading.get_ident() != self.thread:
             warnings.warn("whynan.watch sees nothing of the modules that another thread calls", stacklevel=2)
             return
         if id(module) not in self.names:  # the first call, or built since
-            for root in (self.net, self.calls[0].module if self.calls else module):
+            for root in (self.net, self.calls[0][0] if self.calls else module):
                 if root is not None and next(root.parameters(), None) is not None:
                     self._learn(root)
-        in_backward = torch._C._current_autograd_node() is not None
-        self.calls.append(_Module(module, self.names.get(id(module), (None,))[0], in_backward))
-        if not in_backward and self.calls[-1].name is not None:
+        # a loss that is a module, and has no weights, has no name: it counts as outside of all
+        name, _ = self.names.get(id(module), (None, None))
+        in_backward = torch._C._current_autograd_node() is not None  # the recomputation of a checkpoint
+        self.calls.append((module, name, in_backward))
+        if not in_backward and name is not None:
             self.called, self.after_backward = True, False
 
+    @_in_its_thread
     def _leave_module(self, module, args, output):
-        if self.calls and self.calls[-1].module is module and not self._elsewhere():
+        if self.calls and self.calls[-1][0] is module:
             self.calls.pop()
 
     def _learn(self, root):
@@ -562,9 +545,10 @@ class watch(TorchDispatchMode):
             self.looking = before
 
     def _watch_backward(self, original):
+        @functools.wraps(original)
         def backward(outputs, *args, **kwargs):
             inner = original.__name__ == "grad" and kwargs.get("create_graph")  # a part of the loss
-            if self._elsewhere() or self.error or inner:
+            if threading.get_ident() != self.thread or self.error or inner:
                 return original(outputs, *args, **kwargs)
             for loss in _tensors(outputs) if self.started else ():
                 if not math.isfinite(self._measure(loss)):
@@ -581,6 +565,7 @@ class watch(TorchDispatchMode):
         return backward
 
     def _watch_scaler(self, original):
+        @functools.wraps(original)
         def step(scaler, optimizer, *args, **kwargs):
             before = self.counts.get(optimizer, 0)
             result = original(scaler, optimizer, *args, **kwargs)
@@ -589,9 +574,8 @@ class watch(TorchDispatchMode):
             return result
         return step
 
+    @_in_its_thread
     def _before_step(self, optimizer, args, kwargs):
-        if self._elsewhere() or self.error:
-            return None
         if not self.counts:  # all before was step 1, however often backward was called
             sizes = {key: size for _, sizes in self.steps for key, size in sizes.items()}
             self.steps = collections.deque([(1, sizes)], maxlen=51)
@@ -626,12 +610,11 @@ class watch(TorchDispatchMode):
                 else:
                     bad.append((self._find("gradient", weight.grad), name))
         if bad:
-            origin, name = min(bad, key=lambda pair: pair[0].birth.place.number)
+            origin, name = min(bad, key=lambda pair: pair[0].birth.number)
             self._die(origin, f"the gradient of {name} as a step of the optimizer begins")
 
+    @_in_its_thread
     def _after_step(self, optimizer, args, kwargs):
-        if self._elsewhere():
-            return
         self.counts[optimizer] = self.counts.get(optimizer, 0) + 1
         self.optimizer, self.called, self.after_backward = None, False, False
         if len(self.made) > 200_000:  # graphs that old are seldom alive
@@ -645,9 +628,7 @@ class watch(TorchDispatchMode):
     @property
     def step(self):
         """The number of the step under way."""
-        if self.counts:
-            return max(self.counts.values()) + 1
-        return max(1, self.backwards + (not self.after_backward))
+        return max(self.counts.values()) + 1 if self.counts else max(1, self.backwards + (not self.after_backward))
 
     @property
     def trail(self):
@@ -662,18 +643,17 @@ class watch(TorchDispatchMode):
         if not self.steps or self.steps[-1][0] != self.step:
             self.steps.append((self.step, {}))
         sizes, key = self.steps[-1][1], (phase, module, tensor)
-        if size > sizes.get(key, -1.0):
-            sizes[key] = size
+        sizes[key] = max(size, sizes.get(key, 0.0))
 
     # ------------------------------------------------------------------------------------- every operation
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.looking or self.error:
             return func(*args, **kwargs)
-        operation = _operations.get(func) or _operation(func)
+        operation = _operation(func)
         node = torch._C._current_autograd_node()
         call = self.calls[-1] if self.calls else None
-        if call and (call.name is None or node is not None and not call.in_backward):
+        if call and (call[1] is None or node is not None and not call[2]):
             call = None
         number = torch.autograd._get_sequence_nr()
         if number != self.sequence:  # it has made a node of the graph
@@ -682,13 +662,12 @@ class watch(TorchDispatchMode):
                 self.made[new] = made
             self.sequence = number
         copy = None
-        if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _KEPT:
+        if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _COPIED:
             copy = args[0].clone() if isinstance(args[0], torch.Tensor) and args[0].numel() <= 1_000_000 else None
         result = func(*args, **kwargs)
         if operation.name == "_local_scalar_dense":
-            loss = isinstance(result, float) and not math.isfinite(result) and (
-                args[0].requires_grad or self.losses.get(args[0]))
-            if loss:
+            if isinstance(result, float) and not math.isfinite(result) and (
+                    args[0].requires_grad or self.losses.get(args[0])):
                 self._die(self._find("loss", args[0]), "the loss that is read")
         elif not operation.silent:
             self._look(operation, args, kwargs, result, node, call, copy)
@@ -700,34 +679,29 @@ class watch(TorchDispatchMode):
             return self.made.get(node._sequence_nr()) or ("", "", _caller())
         # without a graph being made: in the forward of an autograd.Function, whose call is wanted
         caller = _caller(beyond_function=not torch.is_grad_enabled())
-        return (call.name, type(call.module).__name__, caller) if call else ("", "", caller)
+        return (call[1], type(call[0]).__name__, caller) if call else ("", "", caller)
 
-    def _place(self, phase, node, call):
-        self.places += 1
-        name = node.name() if phase == "backward" else ""
-        return Place(self.step, phase, *self._made(node, call), name, self.places)
-
-    def _phase(self, node, call, inputs):
-        grad = torch.is_grad_enabled()
+    def _phase(self, node, call, args):
         if node is not None and not call:
             return "backward"
+        grad = torch.is_grad_enabled()
         if self.optimizer and not grad:
             return "update"
         if call:
             return "forward"
         if self.after_backward and not grad:
             return "update"
-        if any(tensor.requires_grad for tensor in inputs):
+        if any(tensor.requires_grad for tensor in _tensors(args)):
             self.after_backward = self.in_backward  # else the next loss has begun
             return "loss"
         return "loss" if self.called else "data"
 
     def _look(self, operation, args, kwargs, result, node, call, copy):
         """Looks at all that an operation has made."""
-        inputs = _tensors(args)
-        phase = self._phase(node, call, inputs)
-        module = call.name if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
         results = _tensors(result)
+        phase = self._phase(node, call, args)
+        module = call[1] if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
+        named = written = ()
         if operation.written:
             named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
             written = [t for role, value in named if role in operation.written for t in _tensors(value)]
@@ -737,39 +711,40 @@ class watch(TorchDispatchMode):
         bad = []
         for tensor in results:
             size = _largest(tensor)
-            if not size <= sys.float_info.max:
+            if not math.isfinite(size):
                 bad.append((tensor, size))
                 continue
             if self.bad.kept:
                 self.bad.put(tensor)
-            if operation.written and phase == "update" and tensor.requires_grad:
+            if written and phase == "update" and tensor.requires_grad:
                 self._learn_weight(f"weight {len(self.growth)}", tensor)  # of a loop without modules
-            if operation.written and id(tensor) in self.names:
+            if written and id(tensor) in self.names:
                 name = self.names[id(tensor)][0]
                 self._note("update", *self._part(name), size)
                 if size != self.growth[name][-1][1]:
                     self.growth[name].append((self.step, size))
-            elif phase != "update":
+            elif phase != "update" and (phase != "loss" or tensor is results[0]):
                 self._note(phase, module, "gradient" if phase == "backward" else "output", size)
         if results:
             self._keep_notes(operation, args, results, node, phase)
         if not bad:
             return
-        named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
-        origin = self._origin(operation, named, max(bad, key=lambda pair: math.isnan(pair[1]))[0], node, call, copy, phase)
+        named = named or [*zip(operation.roles, args, strict=False), *kwargs.items()]
+        worst = max(bad, key=lambda pair: math.isnan(pair[1]))[0]
+        origin = self._origin(operation, named, worst, node, call, copy, phase)
         for tensor, _ in bad:
             self.bad.put(tensor, origin)
-            if node is None and not tensor.dim() and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            if node is None and not tensor.dim() and torch.is_grad_enabled() and any(
+                    operand.requires_grad for operand in _tensors(args)):
                 self.losses.put(tensor, True)
                 self.pending = origin
-        for tensor, _ in bad if operation.written and phase == "update" else ():
-            if weight := self._weight(tensor):
+            if phase == "update" and any(tensor is other for other in written) and (weight := self._weight(tensor)):
                 self._die(origin, f"{weight} as it is written")
 
     def _keep_notes(self, operation, args, results, node, phase):
         """Remembers of some tensors what they are, since a verdict may ask for it."""
         name = _plain(operation.name)
-        if node is not None:
+        if phase == "backward":
             # where a branch was not taken its gradient is 0: which elements these are goes with it
             if node.name().startswith(("Where", "MaskedFill")):
                 self.notes.put(results[0], results[0] == 0)
@@ -781,8 +756,8 @@ class watch(TorchDispatchMode):
                     self.notes.put(results[0], functools.reduce(torch.logical_and, masks))
         elif name in _NOTED:
             self.notes.put(results[0], name.removeprefix("linalg_vector_"))
-        elif name in ("add", "clamp_min") and results[0].dtype is torch.float16 and isinstance(args[1], float) and (
-                0 < args[1] < 2.9e-8):
+        elif results[0].dtype is torch.float16 and name in ("add", "clamp_min") and (
+                isinstance(args[1], float) and 0 < args[1] < 2.9e-8):
             self.notes.put(results[0], f"eps {args[1]:g}")
         elif name in _HANDED_ON and self.notes.kept and _tensors(args[0]):
             for note in self.notes.get(_tensors(args[0])[0])[:1]:
@@ -791,53 +766,52 @@ class watch(TorchDispatchMode):
     # -------------------------------------------------------------------------------- where a bad value comes from
     def _name(self, tensor, states=True):
         """The name of the weight that lies where the tensor does, or of its gradient or an optimizer's state; or ''."""
-        place = tensor.untyped_storage()._cdata
         for name, weight in self.names.values():
-            if isinstance(weight, torch.Tensor) and weight.layout is torch.strided:
+            if isinstance(weight, torch.Tensor):
                 lying = {name: weight}
                 if states:
                     lying[f"gradient of {name}"] = weight.grad
-                    lying |= {f"{key} of {name}": state for key, state in (
-                        self.optimizer.state.get(weight, {}) if self.optimizer else {}).items()}
+                    kept = self.optimizer.state.get(weight, {}) if self.optimizer else {}
+                    lying |= {f"{key} of {name}": state for key, state in kept.items()}
                 for found, other in lying.items():
-                    if isinstance(other, torch.Tensor) and other.layout is torch.strided and (
-                            other.untyped_storage()._cdata == place):
+                    if any(one.untyped_storage()._cdata == tensor.untyped_storage()._cdata for one in _tensors(other)):
                         return found
         return ""
 
     def _weight(self, tensor):
-        return self._name(tensor, states=False) or "a weight" * (isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad)
+        unnamed = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+        return self._name(tensor, states=False) or "a weight" * unnamed
 
     def _weigh(self, role, tensor):
         name = self._name(tensor)
-        return _weigh(f"{role} = {name}" if name else role, tensor)
-
-    def _is_buffer(self, tensor):
-        place = tensor.untyped_storage()._cdata
-        return any(place == buffer.untyped_storage()._cdata for _, module in list(self.names.values())
-                   if isinstance(module, torch.nn.Module) for buffer in module.buffers(recurse=False))
+        return _weigh(f"{role} = {name}" if name else role, tensor.detach())
 
     def _find(self, role, tensor, into=""):
         """The `Origin` of a tensor that is not finite; one that is new has entered from outside."""
-        found, size = self.bad.get(tensor), self._measure(tensor)
-        value = "NaN" if math.isnan(size) else "inf"
-        matching = [origin for origin in found if origin.value == value] or found
-        if matching:
-            return matching[0]
+        value = "NaN" if math.isnan(self._measure(tensor)) else "inf"
+        found = self.bad.get(tensor)
+        for origin in [origin for origin in found if origin.value == value] or found:
+            return origin
         before, self.looking = self.looking, True
-        evidence = self._weigh(role, tensor.detach())
-        weight = into or self._weight(tensor)
-        only_negative = value == "inf" and not bool((tensor.detach() == math.inf).any())
-        constant = value == "inf" and (tensor.numel() == 1 or self._is_buffer(tensor))
+        evidence, weight, how = self._weigh(role, tensor), into or self._weight(tensor), "entered"
+        if value == "inf":
+            buffers = [b for _, m in self.names.values() if isinstance(m, torch.nn.Module) for b in m.buffers(False)]
+            if tensor.numel() == 1 or any(b.untyped_storage()._cdata == tensor.untyped_storage()._cdata for b in buffers):
+                how = "constant"
+            elif not (tensor.detach() == math.inf).any():
+                how = "mask"
         self.looking = before
-        bad = evidence.nan + evidence.inf
-        why = f"{bad:,} of {tensor.numel():,} values of {weight or role} are not finite as it comes"
-        call = self.calls[-1] if self.calls and self.calls[-1].name is not None else None
-        place = self._place("data", None, call)
-        origin = Origin("constant" if constant else "mask" if only_negative else "entered", value, place, "", [],
-                        evidence, ("bad weight" if weight else "bad data", why))
+        bad = f"{evidence.nan + evidence.inf:,} of {tensor.numel():,} values of {weight or role}"
+        reason = "bad weight" if weight else "bad data", f"{bad} are not finite as it comes"
+        call = self.calls[-1] if self.calls and self.calls[-1][1] is not None else None
+        origin = self._new(how, value, "data", None, call, result=evidence, reason=reason)
         self.bad.put(tensor, origin)
         return origin
+
+    def _new(self, how, value, phase, node, call, **known):
+        self.origins += 1
+        name = node.name() if phase == "backward" else ""
+        return Origin(how, value, self.origins, self.step, phase, *self._made(node, call), name, **known)
 
     def _origin(self, operation, named, result, node, call, copy, phase):
         """The `Origin` of what an operation has made: that of a bad operand, or a new one."""
@@ -850,49 +824,52 @@ class watch(TorchDispatchMode):
                 sources += [origin for tensor in tensors for origin in self.bad.get(tensor)[:1]]
                 tensors = [] if copy is None else [copy]
             operands += [(role if len(tensors) == 1 else f"{role}[{i}]", t) for i, t in enumerate(tensors)]
-        sources += [self._find(role, t, into) for role, t in operands if t is not copy and not math.isfinite(_largest(t))]
+        sources += [self._find(role, tensor, into) for role, tensor in operands
+                    if tensor is not copy and not math.isfinite(_largest(tensor))]
+        sources.sort(key=lambda source: source.birth.number)
         # an infinite constant, or a mask that softmax reads, is no cause of a NaN
         softmax = operation.name.startswith(_SOFTMAX)
-        sources.sort(key=lambda source: source.birth.place.number)
-        causes = [s for s in sources if s.value == "NaN"] or [
+        causes = [source for source in sources if source.value == "NaN"] or [
             s for s in sources if s.how != "constant" and not (s.how == "mask" and softmax)]
         if causes and (value == "inf" or causes[0].value == "NaN"):
             return causes[0]
         if value == "inf" and sources:
             return sources[0]
-        place = self._place(phase, node, call)
-        constants = [a for _, a in named if isinstance(a, float) and not math.isfinite(a)]
-        if value == "inf" and constants:
-            return Origin("constant", value, place)
+        if value == "inf" and any(isinstance(a, float) and not math.isfinite(a) for _, a in named):
+            return self._new("constant", value, phase, node, call)
+        origin = self._new("operation", value, phase, node, call, operation=operation.name)
         if into and phase == "update":
-            place = place._replace(module=self._part(into)[0], kind="update")
-        if causes:  # an infinity that has become NaN
-            clip = "clip" if _called_from("clip_grad.py") else ()
-            return Origin("operation", value, place, operation.name, reason=clip, source=causes[0].birth)
-        scaled = operation.name == "mul" and _called_from("grad_scaler.py")
-        reason = ("scaled", "") if scaled else _reason(operation.name, dict(named), operands, result, place,
-                                                      self.notes.get, self._growth())
-        weighed = [self._weigh(role, tensor) for role, tensor in operands]
-        return Origin("operation", value, place, operation.name, weighed, _weigh("result", result), reason)
+            origin = origin._replace(module=self._part(into)[0], kind="update")
+        if causes:  # an infinity has become NaN
+            clip = ("infinite norm clipped", "a gradient is infinite, and so is its norm: clipping makes it inf times 0")
+            return origin._replace(source=causes[0].birth, reason=clip if _called_from("clip_grad.py") else origin.reason)
+        if operation.name == "mul" and _called_from("grad_scaler.py"):
+            return origin._replace(reason=("scaled", ""))
+        reason = _reason(origin, dict(named), operands, result, self.notes.get, self._growth(operands))
+        evidence = tuple(self._weigh(role, tensor) for role, tensor in operands)
+        return origin._replace(operands=evidence, result=_weigh("result", result), reason=reason)
 
-    def _growth(self):
-        """How the weight that grew most has grown, if it grew a hundredfold, or None."""
-        grown = [(sizes[-1][1] / sizes[0][1], name) for name, sizes in self.growth.items() if sizes[0][1] > 0]
-        ratio, name = max(grown, default=(0, ""))
-        if ratio < 100:
-            return None
-        sizes = self.growth[name]
-        begin = next(step for step, size in sizes if size > 2 * sizes[0][1])
-        return f"{name} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} in steps {begin} to {sizes[-1][0]}"
+    def _growth(self, operands):
+        """How a weight among the operands, else whichever weight grew most, has grown, if it is a hundredfold; or None."""
+        names = {self._name(tensor, states=False) for _, tensor in operands} & {*self.growth}
+        for candidates in (names, {*self.growth}):
+            ratios = {name: self.growth[name][-1][1] / (self.growth[name][0][1] or math.inf) for name in candidates}
+            name = max(ratios, key=ratios.get, default=None)
+            if name and ratios[name] >= 100:
+                sizes = self.growth[name]
+                first, last = next(step for step, size in sizes if size > 2 * sizes[0][1]), sizes[-1][0]
+                steps = f"in steps {first} to {last}" if last > first else f"in step {first}"
+                return f"{name} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} {steps}"
+        return None
 
     def _death(self, origin, reached):
         trail = self.trail
-        if not self.counts and self.backwards > 1 and any(  # batches accumulated for the first step
-                id(weight) in self.names for optimizer in gc.get_objects() if isinstance(optimizer, torch.optim.Optimizer)
-                for group in optimizer.param_groups for weight in group["params"]):
+        if not self.counts and self.backwards > 1 and any(  # batches were accumulated for the first step
+                id(weight) in self.names for found in gc.get_objects() if issubclass(type(found), torch.optim.Optimizer)
+                for group in found.param_groups for weight in group["params"]):
             trail = [(1, *entry[1:]) for entry in trail]
-            birth = origin.birth._replace(place=origin.birth.place._replace(step=1))
-            origin = origin._replace(place=origin.place._replace(step=1), source=birth) if origin.source else birth
+            source = origin.source and origin.source._replace(step=1)
+            origin = origin._replace(step=1, source=source)
         return NonFiniteError(origin, reached, trail)
 
     def _die(self, origin, reached):
