@@ -3,23 +3,25 @@
     parameters   Parameters, check_parameters          what a notebook accepts
     machine      find_device, find_precision, environment
     data         load_dataset, load_data               MNIST and Fashion-MNIST, enlarged
-    networks     LeNet, AlexNet, init_weights
+    networks     LeNet, AlexNet, init_weights, add_norms
     training     train, evaluate, History
     diagnosis    final_loss, outcome                   what became of a run; where a NaN was born says whynan.py
-    results      save_results, Sweep                   one JSON file a run, or a sweep of many
+    results      save_results, Sweep, open_sweep       one JSON file a run, or a sweep of many
     figures      STYLE, show                           one look
 
 Shapes are written (batch, channel, height, width). A *step* is one mini-batch; steps count from 1.
 """
 
 import contextlib
-import errno
+import functools
+import gzip
 import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import to_json, to_jsonable_python
 from torch import distributed, nn
 from torch.utils.data import DistributedSampler
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -113,9 +115,18 @@ class Parameters(BaseModel):
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
     sweep: _NewFile = ""
-    second_sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""
+
+
+def _refuse_what_the_notebook_lacks():
+    """papermill puts its values into a cell of their own, and only warns if no other cell has such a name."""
+    known = getattr(get_ipython(), "user_ns", {})
+    theirs, ours = ("\n".join(cell for cell in known.get("In", ()) if cell.startswith("# Parameters\n") == injected)
+                    for injected in (True, False))
+    for name in re.findall(r"^(?!PAPERMILL_)(\w+) = ", theirs, re.MULTILINE):
+        if not re.search(rf"^{name}\b.*=", ours, re.MULTILINE):
+            raise _refuse(name, known[name], "no parameter of this notebook")
 
 
 def check_parameters(**given):
@@ -123,6 +134,7 @@ def check_parameters(**given):
 
     Returns a `Parameters`. Raises ValueError, one line with the name, the value and what is allowed.
     """
+    _refuse_what_the_notebook_lacks()
     try:
         return Parameters(**given)
     except ValidationError as error:
@@ -161,7 +173,7 @@ def environment():
     """What a figure depends on, as a dict: device, precision, threads, system, versions, commit of this project."""
     device = find_device()
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
+        command = ["git", "--git-dir=.git", "rev-parse", "--short", "HEAD"]  # not that of a repository around this one
         commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
         commit = "unknown"
@@ -179,48 +191,32 @@ def environment():
 
 
 # ---------------------------------------------------------------------------------------------------- data
-def _extract(archive, folder):
-    """Extract one .gz of a data set into `folder` unless it lies there whole; nothing half-written stays."""
-    target = folder / archive.stem
-    with archive.open("rb") as file:  # a .gz ends with the CRC-32 and the length of what it holds
-        file.seek(-8, os.SEEK_END)
-        crc, length = (int.from_bytes(file.read(4), "little") for _ in range(2))
-    if target.is_file() and target.stat().st_size == length and zlib.crc32(target.read_bytes()) == crc:
-        return
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".extract-") as workshop:
-        extract_archive(str(archive), workshop)
-        os.replace(pathlib.Path(workshop, archive.stem), target)
+def _read_idx(path):
+    """The uint8 tensor in a .gz of LeCun's IDX format: its lengths are big-endian, after a head of four bytes."""
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    lengths = [int.from_bytes(data[i:i + 4], "big") for i in range(4, 4 + 4 * data[3], 4)]
+    return torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * len(lengths)).view(*lengths)
 
 
 def load_dataset(dataset="MNIST", train=True, transform=None, data_dir=HERE / "data"):
-    """torchvision's MNIST or FashionMNIST, from the original files in data/; never downloads.
+    """torchvision's MNIST or FashionMNIST, read from the original .gz files in data/ into memory; never downloads.
 
-    Every .gz is verified by torchvision's own MD5 list, every extracted file by the checksum in its .gz; an
-    extracted file that is missing or damaged is made anew. Where data/ can't be written, a temporary folder
-    serves. Raises ValueError for an unknown data set, RuntimeError that names a damaged or missing file.
+    Each .gz is verified by torchvision's own MD5 list. Nothing is written. Raises ValueError for an unknown data set,
+    RuntimeError that names a damaged or missing file.
     """
     source = getattr(torchvision.datasets, check_parameters(dataset=dataset).dataset)
-    raw = pathlib.Path(data_dir, dataset, "raw")
-    for name, md5 in source.resources:
-        if not check_integrity(str(raw / name), md5):
-            state = "damaged" if (raw / name).is_file() else "missing"
-            raise RuntimeError(f"data file {raw / name} is {state}; bring it back with "
+    tensors = []
+    for name, md5 in source.resources[:2] if train else source.resources[2:]:  # images, labels
+        path = pathlib.Path(data_dir, dataset, "raw", name)
+        if not check_integrity(str(path), md5):
+            state = "damaged" if path.is_file() else "missing"
+            raise RuntimeError(f"data file {path} is {state}; bring it back with "
                                f"`git checkout -- data/{dataset}`, or see data/README.md")
-    archives = [raw / name for name, _ in source.resources]
-    try:
-        with FileLock(raw / ".lock"):  # two processes may start at once on a fresh clone
-            for archive in archives:
-                _extract(archive, raw)
-        return source(data_dir, train=train, transform=transform)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-    with tempfile.TemporaryDirectory() as elsewhere:  # torchvision reads the file whole, into memory
-        folder = pathlib.Path(elsewhere, dataset, "raw")
-        folder.mkdir(parents=True)
-        for archive in archives:
-            _extract(archive, folder)
-        return source(elsewhere, train=train, transform=transform)
+        tensors.append(_read_idx(path))
+    data = source.__new__(source)  # its __init__ would want extracted files
+    torchvision.datasets.VisionDataset.__init__(data, data_dir, transform=transform)
+    data.train, data.data, data.targets = train, tensors[0], tensors[1].long()
+    return data
 
 
 class ImageIterator:
@@ -380,6 +376,29 @@ def init_weights(net, scheme):
     return net
 
 
+def add_norms(net, kind="batch"):
+    """Put a normalisation behind each layer of `net` that has weights, but not behind its last layer; return net.
+
+    "batch"  BatchNorm, Ioffe and Szegedy 2015; "layer"  LayerNorm, Ba et al. 2016, of a convolution's output over
+    channels and pixels. A layer keeps its place and its name, and becomes the pair (layer, normalisation).
+    Raises ValueError for another kind.
+    """
+    kinds = {"batch": (nn.BatchNorm2d, nn.BatchNorm1d), "layer": (_layer_norm, _layer_norm)}
+    if kind not in kinds:
+        raise _refuse("kind", kind, "'batch' or 'layer'")
+    of_maps, of_rows = kinds[kind]
+    for name, layer in list(net.named_children())[:-1]:
+        if isinstance(layer, nn.Conv2d):
+            setattr(net, name, nn.Sequential(layer, of_maps(layer.out_channels)))
+        elif isinstance(layer, nn.Linear):
+            setattr(net, name, nn.Sequential(layer, of_rows(layer.out_features)))
+    return net
+
+
+def _layer_norm(channels):
+    return nn.GroupNorm(1, channels)  # torch's LayerNorm wants the size of the map
+
+
 # ------------------------------------------------------------------------------------------------ training
 class Row(BaseModel):
     """One logged line: means over up to `log_every` steps before it; accuracies are shares from 0 to 1."""
@@ -406,19 +425,12 @@ class History(BaseModel):
     rows: list[Row] = []
     diverged_at: int | None = None  # the first step with a loss that is not finite
 
-    def read(self, unread, stop_at_nonfinite):
-        """Moves the (loss, accuracy) of steps, tensors (2,), from the list `unread` to the end of the history.
-
-        With stop_at_nonfinite up to the first loss that is inf or NaN; the steps after it are dropped.
-        """
-        for loss, accuracy in torch.stack(unread).tolist():
-            self.loss.append(loss)
-            self.accuracy.append(accuracy)
-            if self.diverged_at is None and not math.isfinite(loss):
-                self.diverged_at = len(self.loss)
-                if stop_at_nonfinite:
-                    break
-        unread.clear()
+    def add(self, loss, accuracy):
+        """Note those of one more step."""
+        self.loss.append(loss)
+        self.accuracy.append(accuracy)
+        if self.diverged_at is None and not math.isfinite(loss):
+            self.diverged_at = len(self.loss)
 
     def plot(self, axes=None, run="C", label=None):
         """Loss (log scale, up to the last finite one) and accuracy over steps; returns the two axes."""
@@ -559,85 +571,81 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     net.to(memory_format=torch.channels_last).train()
     optimizer = optimizer(net.parameters(), lr=p.lr)
     scheduler = scheduler(optimizer) if scheduler else None
+    total = max(1, round(p.num_epochs * len(train_iter)))
     data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
     saved = _Checkpoint(checkpoint, f"{net}\n{type(optimizer).__name__}, {type(scheduler).__name__}, lr {p.lr}, {data}",
                         {"net": net, "optimizer": optimizer, "scheduler": scheduler})
-    history, figure = saved.load(), _LiveFigure(live, run)
-    read_every = _fuse(optimizer, device)
-    read_at = read_every, checkpoint_every, log_every or read_every
-    unread = []  # (loss, accuracy) of the last steps, still on the device
-    step, total = len(history.loss), max(1, round(p.num_epochs * len(train_iter)))
-    figure.update(history)  # above the bar
+    history = saved.load()
+    if history.diverged_at and stop_at_nonfinite:
+        return history
 
-    with tqdm(total=total, initial=step, unit="step", file=sys.stdout, disable=not progress, mininterval=2,
-              ncols=100) as bar:
-        while step < total and not (history.diverged_at and stop_at_nonfinite):
-            for X, y in itertools.islice(_remaining_batches(train_iter, step), total - step):
-                X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
-                with _autocast(device, p.precision):
-                    logits = net(X).float()
-                    loss = loss_fn(logits, y)
-                step += 1
-                unread.append(torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()]))
-                if step == total or any(step % steps == 0 for steps in read_at):
-                    history.read(unread, stop_at_nonfinite)
-                    if history.diverged_at and stop_at_nonfinite:
-                        break
-                if read_every > 1 and stop_at_nonfinite:
-                    optimizer.found_inf.masked_fill_(~loss.isfinite(), 1)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if scheduler:
-                    scheduler.step()
+    test = functools.partial(evaluate, net, test_iter, p.precision) if test_iter is not None else None
+    with _Beside(history, total, progress, _LiveFigure(live, run), saved, checkpoint_every, log_every, test) as beside:
+        for X, y in _batches(train_iter, len(history.loss), total):
+            # forward: the scores, and how wrong they are
+            X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
+            with _autocast(device, p.precision):
+                logits = net(X).float()
+                loss = loss_fn(logits, y)
+            history.add(loss.item(), (logits.argmax(1) == y).float().mean().item())
+            if history.diverged_at and stop_at_nonfinite:
+                break
 
-                if history.loss:
-                    bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
-                bar.update()
-                if log_every and (step % log_every == 0 or step == total):
-                    window = slice((step - 1) // log_every * log_every, step)
-                    history.rows.append(Row(
-                        step=step, train_loss=statistics.fmean(history.loss[window]),
-                        train_accuracy=statistics.fmean(history.accuracy[window]),
-                        test_accuracy=None if test_iter is None else evaluate(net, test_iter, p.precision).accuracy,
-                    ))
-                    bar.write(str(history.rows[-1]), file=sys.stdout)
-                if step % checkpoint_every == 0 or step == total:
-                    saved.save(history)
-                figure.update(history)
+            # backward: the gradient of each weight; then a step against it
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+
+            # beside it: the bar, a line, a test, a checkpoint, the figure, each when it is due
+            beside.after_step()
     optimizer.zero_grad()  # the gradients take as much memory as the weights
-    figure.update(history, seconds_between=0)
     return history
 
 
-# Steps between two looks at the loss. A look makes the processor wait for a GPU, which then waits for the next step;
-# on a CPU it costs nothing.
-READ_EVERY = {"cuda": 20}
+def _batches(train_iter, step, total):
+    """The batches from step `step` on, `total` less those that were before, over as many epochs as it takes."""
+    while step < total:
+        epoch, skip = divmod(step, len(train_iter))
+        if hasattr(train_iter, "set_epoch"):
+            train_iter.set_epoch(epoch, skip)
+            skip = 0
+        for batch in itertools.islice(train_iter, skip, skip + total - step):
+            step += 1
+            yield batch
 
 
-def _fuse(optimizer, device):
-    """The steps between two looks at the loss with this optimizer; it is fused if they are more than one.
+class _Beside:
+    """What goes on beside the training: progress bar, logged lines, checkpoint, live figure."""
 
-    A fused optimizer does nothing while its `found_inf` is 1 (torch's GradScaler works so): the device itself keeps
-    the weights that gave the first loss that is not finite, until somebody looks.
-    """
-    read_every = READ_EVERY.get(device.type, 1)
-    begun_unfused = optimizer.state and not all(group.get("fused") for group in optimizer.param_groups)
-    if read_every == 1 or "fused" not in optimizer.defaults or begun_unfused:
-        return 1
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    optimizer.found_inf = torch.zeros((), device=device)
-    return read_every
+    def __init__(self, history, total, progress, figure, saved, checkpoint_every, log_every, test):
+        self.history, self.total, self.figure, self.saved, self.test = history, total, figure, saved, test
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        figure.update(history)  # above the bar
+        self.bar = tqdm(total=total, initial=len(history.loss), unit="step", file=sys.stdout, disable=not progress,
+                        mininterval=2, ncols=100)
 
+    def __enter__(self):
+        return self
 
-def _remaining_batches(train_iter, step):
-    """The batches of the epoch under way after `step` steps in all."""
-    epoch, skip = divmod(step, len(train_iter))
-    if hasattr(train_iter, "set_epoch"):
-        train_iter.set_epoch(epoch, skip)
-        return train_iter
-    return itertools.islice(train_iter, skip, None)
+    def after_step(self):
+        history, step = self.history, len(self.history.loss)
+        self.bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
+        self.bar.update()
+        if self.log_every and (step % self.log_every == 0 or step == self.total):
+            window = slice((step - 1) // self.log_every * self.log_every, step)
+            history.rows.append(Row(step=step, train_loss=statistics.fmean(history.loss[window]),
+                                    train_accuracy=statistics.fmean(history.accuracy[window]),
+                                    test_accuracy=self.test().accuracy if self.test else None))
+            self.bar.write(str(history.rows[-1]), file=sys.stdout)
+        if step % self.checkpoint_every == 0 or step == self.total:
+            self.saved.save(history)
+        self.figure.update(history)
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        self.figure.update(self.history, seconds_between=0)
 
 
 class _Checkpoint:
@@ -722,19 +730,24 @@ class Sweep:
     path        the file, written anew after each unit; read first if it exists; "" keeps them in memory only
     settings    a dict of what all units share, kept in the file too
 
-    Raises ValueError for a file that is damaged, or whose settings are others.
+    Several processes may work at one file: none loses what another has finished. Raises ValueError for a file that is
+    damaged, or whose settings are others.
     """
 
     def __init__(self, path="", settings=None):
         self.path, self.settings, self.units = str(path), to_jsonable_python(settings or {}), []
-        if path and os.path.exists(path):
-            try:
-                saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-                found, self.units = saved["settings"], saved["units"]
-            except (ValueError, KeyError, TypeError):
-                raise _refuse("sweep file", self.path, "what a sweep wrote whole; delete it to start anew") from None
-            if found != self.settings:
-                raise _refuse("sweep file", self.path, f"of another sweep ({found}); give another path, or delete it")
+        self._read()
+
+    def _read(self):
+        if not os.path.isfile(self.path):
+            return
+        try:
+            saved = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
+            found, self.units = saved["settings"], saved["units"]
+        except (ValueError, KeyError, TypeError):
+            raise _refuse("sweep file", self.path, "what a sweep wrote whole; delete it to start anew") from None
+        if found != self.settings:
+            raise _refuse("sweep file", self.path, f"of another sweep ({found}); give another path, or delete it")
 
     def find(self, **unit):
         """The kept result of this unit, or None."""
@@ -742,10 +755,29 @@ class Sweep:
 
     def __call__(self, run, **unit):
         """The dict that run(**unit) returns, with the unit's own entries; from the file if it is finished there."""
-        kept = self.find(**unit)
-        if kept is None:
+        if self.find(**unit) is None:
+            path = pathlib.Path(check_parameters(sweep=self.path).sweep)
             # Through JSON and back, so that a fresh and a kept result are the same.
-            kept = json.loads(to_json({**unit, **run(**unit)}, inf_nan_mode="strings"))
-            self.units.append(kept)
-            save_results(self.path, {"settings": self.settings, "units": self.units})
-        return kept
+            fresh = json.loads(to_json({**unit, **run(**unit)}, inf_nan_mode="strings"))
+            with FileLock(path.with_name(f".{path.name}.lock")) if self.path else contextlib.nullcontext():
+                self._read()
+                if self.find(**unit) is None:
+                    self.units.append(fresh)
+                    save_results(self.path, {"settings": self.settings, "units": self.units})
+        return self.find(**unit)
+
+
+def open_sweep(path, name, settings):
+    """The sweep kept in the file `path`; with path "" the one that is recorded as results/<name>.json, in memory.
+
+    Says on which machine that record was made; or that there is none with these settings, and then it is empty.
+    """
+    sweep, recorded = Sweep(path, settings), HERE / "results" / f"{name}.json"
+    if not path:
+        found = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else {}
+        if found.get("settings") == sweep.settings:
+            sweep.units, machine = found["units"], found["environment"]
+            print(f"{recorded.name}: {machine['device']}, {machine['threads']} threads, {machine['precision']}")
+        else:
+            print(f"{recorded.name}: no record for these parameters; make one with -p sweep FILE")
+    return sweep
