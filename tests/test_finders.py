@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from nan_cases import DEATHS
+
 from helpers import HERE
 
 SCRIPT = HERE / "tests" / "benchmarks" / "finders.py"
@@ -31,3 +33,14 @@ def test_some_deaths_give_a_table_and_the_same_as_json(tmp_path):
         assert sum(count.values()) == len(CASES)
         counted = next(line for line in reversed(lines) if line.startswith(finder))
         assert all(f"{number} {grade}" in counted for grade, number in count.items())
+
+
+def test_the_readmes_table_of_finders_is_the_recorded_one():
+    found = json.loads((HERE / "results" / "finders.json").read_text())
+    assert set(found["deaths"]) == set(DEATHS), "the record has all the cases, and no other"
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    grades = "right", "right line, wrong phase", "wrong", "silent", "can't be used"
+    assert f"| {' | '.join(grades)} |" in readme and f"We wrote down {len(DEATHS)} deaths" in readme
+    for finder, counts in found["counts"].items():
+        assert sum(counts.values()) == len(DEATHS)
+        assert f"{finder}` | {' | '.join(str(counts.get(grade, 0)) for grade in grades)} |" in readme

@@ -22,15 +22,17 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import helpers
+import whynan
 from helpers import AlexNet, init_weights, load_data, load_dataset
 
-PARTS = ("training", "precision", "data", "evaluation", "memory", "growth")
+PARTS = ("training", "precision", "data", "evaluation", "watch", "memory", "growth")
 DEVICE = helpers.find_device()
 PRECISION = helpers.find_precision(DEVICE)
 
@@ -240,6 +242,52 @@ def evaluation(options):
                         options.test_images)
 
 
+class SmallTransformer(nn.Module):
+    """Four layers of width 64 with a causal mask, over 100 letters: (batch, length) to logits (batch · length, 100)."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, norm_first=True)
+        self.letters, self.head = nn.Embedding(100, 64), nn.Linear(64, 100)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def forward(self, letters):
+        mask = nn.Transformer.generate_square_subsequent_mask(letters.shape[1], device=letters.device)
+        return self.head(self.layers(self.letters(letters), mask=mask, is_causal=True)).flatten(0, 1)
+
+
+def watch(options):
+    """Images (or texts, or rows) a second of three networks, trained as they are and watched by whynan."""
+    torch.manual_seed(0)
+    letters = torch.randint(100, (8, 64))
+    cases = {
+        "AlexNet": (fresh_net(options.image_size), *next(iter(load_data(
+            batch_size=options.batch_size, image_size=options.image_size)[0])), options.steps),
+        "a small transformer": (SmallTransformer(), letters, letters.flatten(), 10),
+        "a tiny MLP": (nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)),
+                       torch.randn(16, 10), torch.randint(2, (16,)), 300)}
+    rows = []
+    for name, (net, X, y, steps) in cases.items():
+        net, X, y = net.to(DEVICE), X.to(DEVICE), y.to(DEVICE)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+
+        def train(watched, net=net, X=X, y=y, steps=steps, optimizer=optimizer):
+            with whynan.watch(net) if watched else contextlib.nullcontext():
+                for _ in range(steps):
+                    with torch.autocast(DEVICE.type, dtype=PRECISION, enabled=PRECISION != torch.float32):
+                        loss = F.cross_entropy(net(X).float(), y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    loss.item()
+
+        times = in_turn({name: lambda train=train: train(False), f"{name}, watched": lambda train=train: train(True)},
+                        options.repeats)
+        alone, watched = median_rates(times, steps * len(X))
+        rows += [alone | {"price": 1.0}, watched | {"price": alone["rate"] / watched["rate"]}]
+    return rows
+
+
 def peak_memory(contender, options):
     """The peak of this process, without its loader's workers, once it has trained for two steps, in GB."""
     contender(options)()
@@ -304,7 +352,9 @@ def growth(options):
 def print_part(part, rows):
     titles = {"training": "training, images a second", "precision": "training by precision, images a second",
               "data": "data iterator, images a second",
-              "evaluation": "evaluation, images a second", "memory": "peak memory of training, GB",
+              "evaluation": "evaluation, images a second",
+              "watch": "training watched by whynan, examples a second, and times as long",
+              "memory": "peak memory of training, GB",
               "growth": "training step, images a second (and GFLOP/s)"}
     print(f"\n{titles[part]}", flush=True)
     for row in rows:
@@ -314,7 +364,9 @@ def print_part(part, rows):
             print(f"  {row['over'] + ' ' + str(row['what']):36s} {row['rate']:9.1f}   {row['gflops']:7.0f}   "
                   f"({row['least']:.1f} … {row['most']:.1f})")
         else:
-            print(f"  {row['what']:36s} {row['rate']:9.1f}   {row['rate'] / rows[0]['rate']:6.2f} × the first   "
+            number, of = (row["price"], "× as long  ") if part == "watch" else (
+                row["rate"] / rows[0]["rate"], "× the first")
+            print(f"  {row['what']:36s} {row['rate']:9.1f}   {number:6.2f} {of}   "
                   f"({row['least']:.1f} … {row['most']:.1f})")
 
 
