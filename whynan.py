@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as modules
+from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,8 +85,8 @@ class Evidence(NamedTuple):
 def _weigh(name, tensor):
     """The `Evidence` of a tensor."""
     values = tensor.detach()
-    values = torch.view_as_real(values) if values.is_complex() else values
-    values = values.float() if not values.is_floating_point() else values
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    values = values.float() if values.element_size() == 1 else values
     sizes, finite = values.abs(), values.isfinite()
     tiny = torch.finfo(tensor.dtype).tiny if tensor.is_floating_point() else 0
     some = sizes[finite & (sizes > 0)]
@@ -99,10 +100,12 @@ def _largest(tensor):
     """The largest magnitude of a tensor in one pass over it: inf if one is infinite, NaN if one is NaN."""
     if tensor.numel() == 1:
         return abs(tensor.item())
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
     if not tensor.numel():
         return 0.0
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch knows no largest of an 8-bit float
     if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.as_strided((tensor.numel(),), (1,))  # in the order of memory: aminmax is ten times as fast
     low, high = tensor.aminmax()
@@ -124,17 +127,18 @@ def _whose(code):
 def _caller(beyond_function=False):
     """(code, line number) of the innermost user's frame, and of the innermost one of another library, or None.
 
-    beyond_function: of the frames outside of the call of an autograd.Function, if there is one.
+    beyond_function: of the frames outside of the `forward` of an autograd.Function, if one is under way.
     """
     frame, library, user = sys._getframe(1), None, None
     while frame and (beyond_function or not user):
         code, whose = frame.f_code, _whose(frame.f_code)
-        if whose == "user":
+        if beyond_function and code.co_name == "forward" and not isinstance(
+                frame.f_locals.get(code.co_varnames[0]), torch.nn.Module):
+            user, library, beyond_function = None, None, False
+        elif whose == "user":
             user = user or (code, frame.f_lineno)
         elif whose == "library":
             library = library or (code, frame.f_lineno)
-        elif beyond_function and code.co_name == "apply" and code.co_filename.endswith("function.py"):
-            user = library = None
         frame = frame.f_back
     return user or library, library
 
@@ -232,7 +236,8 @@ def _reason(birth, given, operands, result, notes, growth):
     name, tensors = _plain(birth.operation), {role.partition("[")[0]: tensor for role, tensor in operands}
     bad, has_nan, half = ~result.isfinite(), bool(result.isnan().any()), result.dtype is torch.float16
     largest = sorted((_largest(tensor) for _, tensor in operands if tensor.isfinite().all()), reverse=True)
-    below = tensors.get(_DENOMINATORS.get(name))
+    below = tensors.get(_DENOMINATORS.get(name), given.get(_DENOMINATORS.get(name)))
+    below = torch.tensor(float(below)) if isinstance(below, (int, float)) else below
     exponent = given.get("exponent", 1) if name == "pow" else 1
     exponent = exponent if isinstance(exponent, (int, float)) else 1
     if below is not None and (below == 0).any() and (name != "pow" or exponent < 0):
@@ -241,7 +246,7 @@ def _reason(birth, given, operands, result, notes, growth):
         dropped = [note for _, tensor in operands for note in notes(tensor) if isinstance(note, torch.Tensor)]
         if any(mask.shape == bad.shape and mask[bad].all() for mask in dropped):
             return "where trap", "the gradient is 0 where the other branch was taken, and 0 times an infinite slope is NaN"
-        if birth.phase == "update":
+        if birth.phase == "update" and name == "addcdiv":
             return "Adam's denominator", f"{zeros} denominators are 0" + ", as float16 has no eps below 6e-8" * half
         if birth.node.startswith(_SLOPES):
             function = birth.node.partition("Backward")[0]
@@ -274,8 +279,6 @@ def _reason(birth, given, operands, result, notes, growth):
         return "zero times infinity", "a factor is 0 where the other is infinite"
     if "_norm" in name and given.get("eps") == 0:
         return "constant normalised", "its eps is 0"
-    if half and largest:
-        return "float16 range", f"operands up to {largest[0]:.3g} give more than 65,504, the largest float16"
 
     # an overflow, if the operands are large enough for one
     if largest:
@@ -284,6 +287,8 @@ def _reason(birth, given, operands, result, notes, growth):
         pair = largest[0], largest[0] if squares or len(largest) == 1 else largest[1]
         digits = [math.log10(max(value, 1e-300)) for value in pair]
         if max(sum(digits), exponent * digits[0]) + size >= math.log10(torch.finfo(result.dtype).max):
+            if half:
+                return "float16 range", f"operands up to {largest[0]:.3g} give more than 65,504, the largest float16"
             if growth or birth.phase == "update":
                 return "steps too long", growth or f"learning rate times gradient ({largest[0]:.2g}) is beyond all numbers"
             if birth.phase == "backward":
@@ -317,11 +322,12 @@ class NonFiniteError(FloatingPointError):
         lines = [_line(caller) for caller in dict.fromkeys(birth.caller) if caller]
         self.line = lines[0] if lines else None
         self.verdict, why = origin.reason if birth.reason[0] == "unknown" and origin.source else birth.reason
-        how = f"is born: {birth.operation}" if birth.how == "operation" else "enters"
+        how = f"is born: {birth.operation}" if birth.operation else "enters"
         then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
         text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
-                *(f"    {evidence}" for evidence in (*birth.operands, birth.result)), "", "the largest magnitudes"]
+                *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
+                "the largest magnitudes"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
             parts = []
             for phase, tensors in (("forward", "output"), ("loss", "output"), ("backward", "gradient"), ("update", "")):
@@ -383,18 +389,22 @@ class _Operation(NamedTuple):
 
 @functools.cache
 def _operation(func):
-    schema, name = func._schema, func._schema.name.removeprefix("aten::")
+    schema, name = func._schema, func._schema.name.rpartition("::")[2]
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns) and name != "lift_fresh"
-    silent = view or "empty" in name or name.startswith("profiler::") or name in ("resize_", "set_")
+    silent = view or "empty" in name or schema.name.startswith("profiler::") or name in ("resize_", "set_")
     return _Operation(name, [a.name for a in schema.arguments], written, silent)
 
 
 def _tensors(value):
     """The tensors with real or complex values in an argument or a result: one, a list of them, or none."""
     if isinstance(value, torch.Tensor):
-        numbers = value.is_floating_point() or value.is_complex()
-        return [value] if numbers and value.layout is torch.strided and not (value.is_meta or value.is_nested) else []
+        if not (value.is_floating_point() or value.is_complex()) or value.is_meta or value.is_nested or is_lazy(
+                value) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return []
+        if value.layout is not torch.strided:
+            return [value._values()] if value.layout is torch.sparse_coo else []
+        return [] if value._is_zerotensor() else [value]
     return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
@@ -467,8 +477,12 @@ class watch(TorchDispatchMode):
                                   (torch.amp.GradScaler, "step", self._watch_scaler)):
             self.exits.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, wrap(getattr(owner, name)))
-        if self.from_step == 1:
-            self._start()
+        try:
+            if self.from_step == 1:
+                self._start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def _forget(self):
@@ -499,7 +513,9 @@ class watch(TorchDispatchMode):
         _active, death = None, self.error
         if error is None and not death and self.pending:
             death = self._death(self.pending, "the loss with which the block is left")
+        last = self.step
         self._forget()  # else it would keep networks alive
+        self.counts = {None: last - 1}
         if death and error is not death:
             raise death from error
 
@@ -540,7 +556,7 @@ class watch(TorchDispatchMode):
         """`_largest`, outside of an operation."""
         before, self.looking = self.looking, True
         try:
-            return max(map(_largest, _tensors(tensor.detach())), default=0.0)
+            return max((_largest(part.detach()) for part in _tensors(tensor)), default=0.0)
         finally:
             self.looking = before
 
@@ -560,7 +576,7 @@ class watch(TorchDispatchMode):
             try:
                 return original(outputs, *args, **kwargs)
             finally:
-                self.in_backward = False
+                self.in_backward, self.called = False, self.called and bool(self.counts)
                 self._advance()
         return backward
 
@@ -608,7 +624,7 @@ class watch(TorchDispatchMode):
                 if math.isfinite(size):
                     self._note("backward", *self._part(name, "gradient of "), size)
                 else:
-                    bad.append((self._find("gradient", weight.grad), name))
+                    bad.append((self._find("gradient", *_tensors(weight.grad)), name))
         if bad:
             origin, name = min(bad, key=lambda pair: pair[0].birth.number)
             self._die(origin, f"the gradient of {name} as a step of the optimizer begins")
@@ -632,7 +648,7 @@ class watch(TorchDispatchMode):
 
     @property
     def trail(self):
-        return [(step, *key, size) for step, sizes in self.steps for key, size in sizes.items()]
+        return [(step, *key, size) for step, sizes in self.steps if step >= self.from_step for key, size in sizes.items()]
 
     @staticmethod
     def _part(name, prefix=""):
@@ -730,6 +746,9 @@ class watch(TorchDispatchMode):
         if not bad:
             return
         named = named or [*zip(operation.roles, args, strict=False), *kwargs.items()]
+        if phase in ("data", "loss") and self.after_backward and not self.in_backward and any(
+                self._name(tensor) for _, value in named for tensor in _tensors(value)):
+            phase = "update"  # by hand, as in weight.data -= lr * weight.grad
         worst = max(bad, key=lambda pair: math.isnan(pair[1]))[0]
         origin = self._origin(operation, named, worst, node, call, copy, phase)
         for tensor, _ in bad:
@@ -779,7 +798,7 @@ class watch(TorchDispatchMode):
         return ""
 
     def _weight(self, tensor):
-        unnamed = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+        unnamed = tensor.requires_grad and tensor.is_leaf
         return self._name(tensor, states=False) or "a weight" * unnamed
 
     def _weigh(self, role, tensor):
@@ -810,8 +829,9 @@ class watch(TorchDispatchMode):
 
     def _new(self, how, value, phase, node, call, **known):
         self.origins += 1
+        step = self.step + (phase in ("data", "loss") and self.after_backward and not self.counts)
         name = node.name() if phase == "backward" else ""
-        return Origin(how, value, self.origins, self.step, phase, *self._made(node, call), name, **known)
+        return Origin(how, value, self.origins, step, phase, *self._made(node, call), name, **known)
 
     def _origin(self, operation, named, result, node, call, copy, phase):
         """The `Origin` of what an operation has made: that of a bad operand, or a new one."""
@@ -836,7 +856,8 @@ class watch(TorchDispatchMode):
         if value == "inf" and sources:
             return sources[0]
         if value == "inf" and any(isinstance(a, float) and not math.isfinite(a) for _, a in named):
-            return self._new("constant", value, phase, node, call)
+            return self._new("constant", value, phase, node, call, operation=operation.name,
+                             reason=("unknown", "an infinite constant is given"))
         origin = self._new("operation", value, phase, node, call, operation=operation.name)
         if into and phase == "update":
             origin = origin._replace(module=self._part(into)[0], kind="update")
@@ -864,7 +885,7 @@ class watch(TorchDispatchMode):
 
     def _death(self, origin, reached):
         trail = self.trail
-        if not self.counts and self.backwards > 1 and any(  # batches were accumulated for the first step
+        if not self.counts and self.backwards and any(  # batches were accumulated for the first step
                 id(weight) in self.names for found in gc.get_objects() if issubclass(type(found), torch.optim.Optimizer)
                 for group in found.param_groups for weight in group["params"]):
             trail = [(1, *entry[1:]) for entry in trail]
