@@ -673,7 +673,8 @@ class watch(TorchDispatchMode):
             call = None
         number = torch.autograd._get_sequence_nr()
         if number != self.sequence:  # it has made a node of the graph
-            made = self._made(node, call)
+            # without a graph being made: in the forward of an autograd.Function, whose call is wanted
+            made = self._made(node, call, beyond_function=not torch.is_grad_enabled())
             for new in range(self.sequence, number):
                 self.made[new] = made
             self.sequence = number
@@ -689,12 +690,11 @@ class watch(TorchDispatchMode):
             self._look(operation, args, kwargs, result, node, call, copy)
         return result
 
-    def _made(self, node, call):
+    def _made(self, node, call, beyond_function=False):
         """(module, class, caller) of what is called now; in a backward, of the forward call that it belongs to."""
         if node is not None and not call:
             return self.made.get(node._sequence_nr()) or ("", "", _caller())
-        # without a graph being made: in the forward of an autograd.Function, whose call is wanted
-        caller = _caller(beyond_function=not torch.is_grad_enabled())
+        caller = _caller(beyond_function)
         return (call[1], type(call[0]).__name__, caller) if call else ("", "", caller)
 
     def _phase(self, node, call, args):
