@@ -13,6 +13,7 @@ Shapes are written (batch, channel, height, width). A *step* is one mini-batch; 
 """
 
 import contextlib
+import ctypes
 import functools
 import gzip
 import itertools
@@ -47,6 +48,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 # Read by torch at its first large allocation, Linux only: without huge pages a step of AlexNet on a few images
 # spends a seventh of its time on page faults, for 233 MB of fresh gradients.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    # Freed tensors of 8 MiB go back to the system at once; by itself glibc lets up to half a GB of them pile up.
+    ctypes.CDLL(None).mallopt(-3, 2**23)  # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(-1, 2**26)  # M_TRIM_THRESHOLD, or small ones would come and go with each step
 
 # One colour a run through the whole series (Okabe and Ito's colour-blind safe set), each with its own
 # line style, so that a figure printed in grey still tells the runs apart.
@@ -228,9 +233,10 @@ class ImageIterator:
     twice where the ranks don't divide their number).
     """
 
-    def __init__(self, images, labels, batch_size, image_size, shuffle, seed, normalize, device):
+    def __init__(self, images, labels, batch_size, image_size, shuffle, seed, normalize, device, dataset="unnamed"):
         self.images, self.labels = images.to(device), labels.to(device)  # (n, 28, 28) uint8, (n,) int64
         self.batch_size, self.image_size, self.normalize, self.seed = batch_size, image_size, normalize, seed
+        self.dataset = dataset
         ranks = distributed.is_available() and distributed.is_initialized()
         self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if ranks else (0, 1)
         if shuffle:
@@ -241,8 +247,9 @@ class ImageIterator:
         self.set_epoch(0)
 
     def __repr__(self):
-        return (f"ImageIterator({len(self.labels)} images, CRC of labels {zlib.crc32(self.labels.cpu().numpy()):08x}, "
-                f"{self.image_size} pixels, batches of {self.batch_size}, seed {self.seed})")
+        return (f"ImageIterator(dataset {self.dataset}, {len(self.labels)} images, CRC of labels "
+                f"{zlib.crc32(self.labels.cpu().numpy()):08x}, {self.image_size} pixels, batches of {self.batch_size}, "
+                f"seed {self.seed})")
 
     def __len__(self):
         return math.ceil(len(self.sampler) / self.batch_size)
@@ -299,7 +306,7 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
         chosen = torch.linspace(0, len(data) - 1, count).round().long() if train else (
             torch.arange(count) * len(data) // count)
         iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,
-                                       p.seed, mean_and_std, device or find_device()))
+                                       p.seed, mean_and_std, device or find_device(), p.dataset))
     return tuple(iterators)
 
 
@@ -498,11 +505,14 @@ def evaluate(net, data_iter, precision="auto"):
     return Evaluation(loss.compute().item(), accuracy, counts, losses.cpu(), predictions.cpu())
 
 
+def _unfinished(path):
+    return pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.unfinished")
+
+
 @contextlib.contextmanager
 def _replacing(path):
     """A temporary file beside `path` that takes its place when all went well, and leaves no trace otherwise."""
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _unfinished(path)
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -573,8 +583,8 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     scheduler = scheduler(optimizer) if scheduler else None
     total = max(1, round(p.num_epochs * len(train_iter)))
     data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
-    saved = _Checkpoint(checkpoint, f"{net}\n{type(optimizer).__name__}, {type(scheduler).__name__}, lr {p.lr}, {data}",
-                        {"net": net, "optimizer": optimizer, "scheduler": scheduler})
+    about = f"{net}\noptimizer {type(optimizer).__name__}, schedule {type(scheduler).__name__}, lr {p.lr}, {data}"
+    saved = _Checkpoint(checkpoint, about, {"net": net, "optimizer": optimizer, "scheduler": scheduler})
     history = saved.load()
     if history.diverged_at and stop_at_nonfinite:
         return history
@@ -664,6 +674,8 @@ class _Checkpoint:
 
     def load(self):
         """The history so far, and net, optimizer, schedule and random numbers set to where it ended."""
+        if self.path:
+            _unfinished(self.path).unlink(missing_ok=True)  # of a run that was killed while it wrote
         if not self.path or not os.path.exists(self.path):
             return History()
         try:
@@ -673,8 +685,10 @@ class _Checkpoint:
             allowed = "a file that `train` wrote whole; delete it to start anew"
             raise _refuse("checkpoint", str(self.path), allowed) from None
         if run != self.run:
-            raise _refuse("checkpoint", str(self.path),
-                          f"of another run ({run.splitlines()[-1]}); give another path, or delete it")
+            pieces = (re.split(r"[(),\n]+ *", about) for about in (run, self.run))
+            theirs, ours = next((a, b) for a, b in itertools.zip_longest(*pieces, fillvalue="nothing") if a != b)
+            raise _refuse("checkpoint", str(self.path), f"of another run: it has {theirs}, this one has {ours}; give "
+                                                        "another path, or delete it")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["random"][0])

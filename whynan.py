@@ -217,7 +217,8 @@ _DOMAINS = ("acos", "asin", "acosh", "atanh", "erfinv", "lgamma", "digamma", "ta
 _EXPS = ("exp", "exp2", "expm1", "sinh", "cosh")
 _SPREADS = ("std", "var", "std_mean", "var_mean")
 _SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax", "_scaled_dot_product")
-_SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlogy", "Erfinv", "Norm", "Linalg", "Cdist")
+_SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlogy", "Erfinv", "Norm", "Linalg",
+           "Cdist")
 
 
 def _plain(name):
@@ -245,7 +246,7 @@ def _reason(birth, given, operands, result, notes, growth):
         note = next((note for note in notes(below) if isinstance(note, str)), "")
         dropped = [note for _, tensor in operands for note in notes(tensor) if isinstance(note, torch.Tensor)]
         if any(mask.shape == bad.shape and mask[bad].all() for mask in dropped):
-            return "where trap", "the gradient is 0 where the other branch was taken, and 0 times an infinite slope is NaN"
+            return "where trap", "the gradient is 0 where the other branch was taken; 0 times an infinite slope is NaN"
         if birth.phase == "update" and name == "addcdiv":
             return "Adam's denominator", f"{zeros} denominators are 0" + ", as float16 has no eps below 6e-8" * half
         if birth.node.startswith(_SLOPES):
@@ -265,8 +266,8 @@ def _reason(birth, given, operands, result, notes, growth):
     if name in _EXPS and not has_nan:
         limit = math.log(torch.finfo(result.dtype).max)
         return "exp overflow", f"exp of more than {limit:.1f} is infinite in {str(result.dtype)[6:]}"
-    if name in _SOFTMAX[:3] and (tensors["self"] == -math.inf).all(given["dim"]).any() or name.startswith(
-            _SOFTMAX[3]) and any((t == -math.inf).all(-1).any() for role, t in operands if role.startswith("attn")):
+    if (name in _SOFTMAX[:3] and (tensors["self"] == -math.inf).all(given["dim"]).any()) or (name.startswith(
+            _SOFTMAX[3]) and any((t == -math.inf).all(-1).any() for role, t in operands if role.startswith("attn"))):
         return "empty softmax row", "all entries of a row are -inf"
     if has_nan and (name.startswith("nll_loss") or any(not tensor.numel() for _, tensor in operands)):
         return "mean of nothing", "no element is left to take the mean of: 0 / 0"
@@ -274,7 +275,8 @@ def _reason(birth, given, operands, result, notes, growth):
         return "spread of one", "one element has no deviation: 0 / (1 - 1)"
     if name.endswith("ctc_loss") and not has_nan:
         return "no alignment", "a label is longer, with its repeats, than its input"
-    infinite = [abs(v) == math.inf for v in given.values() if isinstance(v, float)] + [t.isinf().any() for _, t in operands]
+    infinite = [abs(value) == math.inf for value in given.values() if isinstance(value, float)]
+    infinite += [tensor.isinf().any() for _, tensor in operands]
     if name == "mul" and has_nan and any(infinite) and any((t == 0).any() for _, t in operands):
         return "zero times infinity", "a factor is 0 where the other is infinite"
     if "_norm" in name and given.get("eps") == 0:
@@ -290,7 +292,7 @@ def _reason(birth, given, operands, result, notes, growth):
             if half:
                 return "float16 range", f"operands up to {largest[0]:.3g} give more than 65,504, the largest float16"
             if growth or birth.phase == "update":
-                return "steps too long", growth or f"learning rate times gradient ({largest[0]:.2g}) is beyond all numbers"
+                return "steps too long", growth or f"rate times gradient ({largest[0]:.2g}) is beyond all numbers"
             if birth.phase == "backward":
                 return "exploding gradient", f"values up to {largest[0]:.2g} are multiplied on the way back"
             if birth.step == 1:
@@ -424,6 +426,16 @@ def _in_its_thread(method):
     return callback
 
 
+def _gradients():
+    """{id of a weight: which gradient it has} of all optimizers there are.
+
+    An optimizer that has not made a step yet is heard of nowhere else, and backward may be called often for a step.
+    """
+    found = [found for found in gc.get_objects() if issubclass(type(found), torch.optim.Optimizer)]
+    weights = [weight for optimizer in found for group in optimizer.param_groups for weight in group["params"]]
+    return {id(weight): (id(weight.grad), getattr(weight.grad, "_version", 0)) for weight in weights}
+
+
 class watch(TorchDispatchMode):
     """Watches a training loop, and says where the NaN or inf that it dies of was born.
 
@@ -548,7 +560,7 @@ class watch(TorchDispatchMode):
             self._learn_weight(name, weight)
 
     def _learn_weight(self, name, weight):
-        if id(weight) not in self.names:
+        if id(weight) not in self.names and weight.is_leaf:  # else it is put in a weight's place, by functional_call
             self.names[id(weight)] = name, weight
             self.growth[name] = collections.deque([(self.step - 1, self._measure(weight))], maxlen=1000)
 
@@ -573,11 +585,14 @@ class watch(TorchDispatchMode):
                         self._die(origin, "the loss that backward is called on")
             self.pending, self.backwards = None, self.backwards + 1
             self.in_backward = self.after_backward = True
+            due = not self.started and not self.counts and self.backwards + 1 >= self.from_step
+            before = _gradients() if due else {}
             try:
                 return original(outputs, *args, **kwargs)
             finally:
-                self.in_backward, self.called = False, self.called and bool(self.counts)
-                self._advance()
+                self.in_backward = self.called = False
+                if due and _gradients() == before:  # in a loop without an optimizer a step ends here
+                    self._start()
         return backward
 
     def _watch_scaler(self, original):
@@ -635,10 +650,7 @@ class watch(TorchDispatchMode):
         self.optimizer, self.called, self.after_backward = None, False, False
         if len(self.made) > 200_000:  # graphs that old are seldom alive
             self.made = dict(list(self.made.items())[100_000:])
-        self._advance()
-
-    def _advance(self):
-        if not self.started and (self.step if self.counts else self.backwards + 1) >= self.from_step:
+        if not self.started and self.step >= self.from_step:
             self._start()
 
     @property
@@ -648,7 +660,8 @@ class watch(TorchDispatchMode):
 
     @property
     def trail(self):
-        return [(step, *key, size) for step, sizes in self.steps if step >= self.from_step for key, size in sizes.items()]
+        steps = [(step, sizes) for step, sizes in self.steps if step >= self.from_step]
+        return [(step, *key, size) for step, sizes in steps for key, size in sizes.items()]
 
     @staticmethod
     def _part(name, prefix=""):
@@ -669,7 +682,7 @@ class watch(TorchDispatchMode):
         operation = _operation(func)
         node = torch._C._current_autograd_node()
         call = self.calls[-1] if self.calls else None
-        if call and (call[1] is None or node is not None and not call[2]):
+        if call and (call[1] is None or (node is not None and not call[2])):
             call = None
         number = torch.autograd._get_sequence_nr()
         if number != self.sequence:  # it has made a node of the graph
@@ -716,6 +729,12 @@ class watch(TorchDispatchMode):
         """Looks at all that an operation has made."""
         results = _tensors(result)
         phase = self._phase(node, call, args)
+        if phase in ("data", "loss") and self.after_backward and not self.in_backward and any(
+                self._name(tensor) or "update" in self.notes.get(tensor)
+                for tensor in _tensors([*args, *kwargs.values()])):
+            phase = "update"  # by hand, as in weight.data -= lr * weight.grad
+            for tensor in results:
+                self.notes.put(tensor, "update")
         module = call[1] if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
         named = written = ()
         if operation.written:
@@ -746,9 +765,6 @@ class watch(TorchDispatchMode):
         if not bad:
             return
         named = named or [*zip(operation.roles, args, strict=False), *kwargs.items()]
-        if phase in ("data", "loss") and self.after_backward and not self.in_backward and any(
-                self._name(tensor) for _, value in named for tensor in _tensors(value)):
-            phase = "update"  # by hand, as in weight.data -= lr * weight.grad
         worst = max(bad, key=lambda pair: math.isnan(pair[1]))[0]
         origin = self._origin(operation, named, worst, node, call, copy, phase)
         for tensor, _ in bad:
@@ -815,7 +831,8 @@ class watch(TorchDispatchMode):
         evidence, weight, how = self._weigh(role, tensor), into or self._weight(tensor), "entered"
         if value == "inf":
             buffers = [b for _, m in self.names.values() if isinstance(m, torch.nn.Module) for b in m.buffers(False)]
-            if tensor.numel() == 1 or any(b.untyped_storage()._cdata == tensor.untyped_storage()._cdata for b in buffers):
+            place = tensor.untyped_storage()._cdata
+            if tensor.numel() == 1 or any(buffer.untyped_storage()._cdata == place for buffer in buffers):
                 how = "constant"
             elif not (tensor.detach() == math.inf).any():
                 how = "mask"
@@ -862,8 +879,9 @@ class watch(TorchDispatchMode):
         if into and phase == "update":
             origin = origin._replace(module=self._part(into)[0], kind="update")
         if causes:  # an infinity has become NaN
-            clip = ("infinite norm clipped", "a gradient is infinite, and so is its norm: clipping makes it inf times 0")
-            return origin._replace(source=causes[0].birth, reason=clip if _called_from("clip_grad.py") else origin.reason)
+            if _called_from("clip_grad.py"):
+                origin = origin._replace(reason=("infinite norm clipped", "its norm is infinite; inf times 0 is NaN"))
+            return origin._replace(source=causes[0].birth)
         if operation.name == "mul" and _called_from("grad_scaler.py"):
             return origin._replace(reason=("scaled", ""))
         reason = _reason(origin, dict(named), operands, result, self.notes.get, self._growth(operands))
@@ -871,7 +889,7 @@ class watch(TorchDispatchMode):
         return origin._replace(operands=evidence, result=_weigh("result", result), reason=reason)
 
     def _growth(self, operands):
-        """How a weight among the operands, else whichever weight grew most, has grown, if it is a hundredfold; or None."""
+        """How the weight among the operands, else the one that grew most, has grown if it is a hundredfold; or None."""
         names = {self._name(tensor, states=False) for _, tensor in operands} & {*self.growth}
         for candidates in (names, {*self.growth}):
             ratios = {name: self.growth[name][-1][1] / (self.growth[name][0][1] or math.inf) for name in candidates}
@@ -885,9 +903,7 @@ class watch(TorchDispatchMode):
 
     def _death(self, origin, reached):
         trail = self.trail
-        if not self.counts and self.backwards and any(  # batches were accumulated for the first step
-                id(weight) in self.names for found in gc.get_objects() if issubclass(type(found), torch.optim.Optimizer)
-                for group in found.param_groups for weight in group["params"]):
+        if not self.counts and self.backwards and self.names.keys() & _gradients().keys():
             trail = [(1, *entry[1:]) for entry in trail]
             source = origin.source and origin.source._replace(step=1)
             origin = origin._replace(step=1, source=source)

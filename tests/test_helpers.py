@@ -409,14 +409,31 @@ def test_a_killed_run_resumes_to_the_same_history_and_weights(tmp_path):
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_kept(tmp_path):
     path = tmp_path / "checkpoint"
     train(LeNet(), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
-    for lr, data in ((0.2, {}), (0.1, {"seed": 1}), (0.1, {"dataset": "FashionMNIST"}), (0.1, {"batch_size": 60})):
-        with pytest.raises(ValueError, match="of another run"):
+    for lr, data, theirs, ours in (
+            (0.2, {}, "lr 0.1", "lr 0.2"), (0.1, {"seed": 1}, "seed 0", "seed 1"),
+            (0.1, {"dataset": "FashionMNIST"}, "dataset MNIST", "dataset FashionMNIST"),
+            (0.1, {"batch_size": 60}, "batches of 50", "batches of 60")):
+        with pytest.raises(ValueError, match=f"of another run: it has {theirs}, this one has {ours};"):
             train(LeNet(), digits(**data)[0], None, 1, lr, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="it has LeNet, this one has Sequential;"):
+        train(nn.Sequential(*LeNet()), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
     damage(path, "truncated")
     kept = path.read_bytes()
     with pytest.raises(ValueError, match="wrote whole; delete it"):
         train(LeNet(), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
     assert path.read_bytes() == kept
+
+
+def test_what_a_killed_run_left_half_written_goes_at_its_next_start(tmp_path):
+    class Stopped(list):
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+    left = tmp_path / ".run.checkpoint.unfinished"
+    left.write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt):
+        train(LeNet(), Stopped([1]), checkpoint=tmp_path / "run.checkpoint", progress=False)
+    assert not left.exists()
 
 
 # ------------------------------------------------------------------------------------------ outcome, sweeps

@@ -369,6 +369,17 @@ def test_04_lives_by_default_its_results_are_true_and_it_resumes(tmp_path):
     assert resumed["history"] == history and resumed["confusion"] == confusion
 
 
+def test_the_training_cell_of_04_run_twice_starts_again(tmp_path):
+    notebook = nbformat.read(FOLDER / "04_fixed_lr.ipynb", 4)
+    sources = [cell.source for cell in notebook.cells]
+    at = next(number for number, source in enumerate(sources) if "history = train(" in source)
+    notebook.cells[at + 1:] = map(nbformat.v4.new_code_cell, [
+        "once = history.loss", sources[at], "assert history.loss == once, 'it trained on'"])
+    nbformat.write(notebook, tmp_path / "04_fixed_lr.ipynb")
+    process = papermill(tmp_path / "04_fixed_lr", tmp_path, num_epochs=0.005, test_images=20, **SMALL)
+    assert process.communicate(timeout=300)[0] is not None and process.returncode == 0
+
+
 TINY_MAP = {"image_size": 67, "images": 2, "steps": 3, "grid_size": 3, "dataset": "FashionMNIST"}
 
 
@@ -418,7 +429,8 @@ def test_fashion_mnist(notebook, parameters, tmp_path):
 
 
 BAD = {"lr": ("abc", "-1"), "batch_size": ("0",), "dataset": ("CIFAR",), "image_size": ("20",), "init": ("foo",),
-       "results_path": (os.path.join("no", "such", "folder", "x.json"),)}
+       "results_path": (os.path.join("no", "such", "folder", "x.json"),),
+       "learning_rate": ("0.1",), "max_steps": ("5",)}  # no notebook has the one, others have the other
 
 
 def test_bad_parameters_end_with_one_line_that_names_them(tmp_path):

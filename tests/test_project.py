@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import re
@@ -12,9 +13,11 @@ import sys
 
 import nbformat
 import pytest
+import torch
 import torchvision
 import yaml
 from packaging.requirements import Requirement
+from torch import nn
 
 import helpers
 from helpers import HERE, History
@@ -43,7 +46,7 @@ def imported():
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             modules.add(node.module.split(".")[0])
     own = {path.stem for path in paths} | {"nan_cases"}
     return modules - set(sys.stdlib_module_names) - own
@@ -51,9 +54,10 @@ def imported():
 
 def test_everything_imported_is_listed_and_everything_listed_is_used():
     listed = {IMPORT_NAMES.get(r.name, r.name) for r in requirements()}
-    # these come with one that is listed: IPython with ipykernel, pydantic_core with pydantic, packaging with pytest
-    brought_along = {"IPython", "pydantic_core", "packaging"}
-    assert imported() - listed <= brought_along
+    # these come with one that is listed: IPython with ipykernel, pydantic_core with pydantic, packaging with pytest,
+    # numpy with torchvision; and of the last two the tests are skipped where they are not installed
+    brought_along, optional = {"IPython", "pydantic_core", "packaging", "numpy"}, {"lightning", "transformers"}
+    assert imported() - listed <= brought_along | optional
     assert listed - imported() <= set(BY_NAME)
     everything = "\n".join([README, (HERE / "pyproject.toml").read_text(), (HERE / "tests/test_project.py").read_text(),
                             (HERE / "notebooks/01_architecture.ipynb").read_text(encoding="utf-8")])
@@ -118,9 +122,40 @@ def record(name):
     return json.loads((HERE / "results" / f"{name}.json").read_text())
 
 
+RECORDS = (HERE / "results/README.md").read_text(encoding="utf-8")
+
+
+def recorded():
+    """The names of the project's own records; what else lies in results/ is a user's."""
+    return re.findall(r"^\| `(\w+)\.json` \|", RECORDS, re.MULTILINE)
+
+
+def git(*words):
+    """What git prints about this project; skips where there is no git, or no history as in a ZIP file."""
+    try:
+        done = subprocess.run(["git", "--git-dir=.git", *words], cwd=HERE, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no git")
+    if done.returncode == 128:
+        pytest.skip("no history")
+    return done.stdout.split()
+
+
+def test_every_record_is_described():
+    assert {f"results/{name}.json" for name in recorded()} == set(git("ls-files", "results/*.json"))
+
+
+def test_what_a_user_is_told_to_write_is_nothing_to_git():
+    notebooks = map(prose, [path.stem for path in (HERE / "notebooks").glob("*.ipynb")])
+    told = set(re.findall(r"results/[\w.]+\b", "\n".join([README, *notebooks])))
+    told -= {"results/README.md", *(f"results/{name}.json" for name in recorded())}
+    told |= {"results/.mine.json.lock", "results/.full.checkpoint.unfinished"}
+    assert {"results/mine.json", "results/04_fixed_lr.ipynb", "results/full.checkpoint"} <= told
+    assert set(git("check-ignore", *told)) == told
+
+
 def test_recorded_runs_are_whole():
-    names = sorted(path.stem for path in (HERE / "results").glob("*.json"))
-    described = (HERE / "results/README.md").read_text()
+    names = recorded()
     for name in names:
         found = record(name)
         if name.startswith("benchmark"):
@@ -130,13 +165,15 @@ def test_recorded_runs_are_whole():
         elif name.startswith("07"):  # its lines say which rate; it notes the clock before each step, and at the end
             assert all(unit["images"] > 0 and len(unit["seconds"]) == len(unit["loss"]) + 1 > 1
                        for unit in found["units"]) and found["settings"]["image_size"] == 244
+        elif "deaths" in found:
+            assert found["deaths"] and found["counts"]
         elif "units" in found:
             assert all(unit["loss"] and unit["lr"] > 0 for unit in found["units"]) and found["settings"]["steps"]
         else:
             history = History.model_validate(found["history"])
             assert history.rows[-1].step == len(history.loss)
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
-        assert re.search(rf"`{name}\.json`.*results/{name}\.json", described), "its command"
+        assert re.search(rf"`{name}\.json`.*results/{name}\.json", RECORDS), "its command"
     assert {"04_mnist", "04_mnist_200", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "07_mnist_chosen",
             "benchmark", "benchmark_memory", "benchmark_memory_kept", "benchmark_xeon"} <= set(names)
 
@@ -144,6 +181,21 @@ def test_recorded_runs_are_whole():
 def prose(name):
     return "\n".join(cell.source for cell in nbformat.read(HERE / "notebooks" / f"{name}.ipynb", 4).cells
                      if cell.cell_type == "markdown")
+
+
+def test_figures_quoted_in_prose_are_those_of_the_network_and_of_the_output():
+    with torch.device("meta"):
+        layers = list(helpers.AlexNet())
+    factors = [math.sqrt(layer.weight[0].numel() / (1 if isinstance(before, nn.Conv2d) else 2))  # a ReLU cuts half
+               for before, layer in itertools.pairwise(layers) if hasattr(layer, "weight")]
+    assert f"of {min(factors):.0f} to {max(factors):.0f} for the others" in prose("03_failing_lr")
+
+    cells = nbformat.read(HERE / "notebooks/05_stability_map.ipynb", 4).cells
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", ()))
+    found = float(re.search(r"largest learning rate of run A: .*found (\S+)", printed)[1])
+    lowest = min(unit["lr"] for unit in record("05_mnist")["units"])
+    assert 5 <= math.log10(lowest / found) < 6
+    assert "more than five powers of ten below the map's lowest" in prose("05_stability_map")
 
 
 def test_figures_quoted_in_prose_are_those_of_the_records():
