@@ -54,7 +54,7 @@ class Line(NamedTuple):
         shell = ipython.get_ipython() if ipython else None
         names = getattr(getattr(shell, "compile", None), "format_code_name", lambda name: None)(self.file)
         place = " ".join(names) if names else os.path.basename(self.file)
-        return f"{place}, line {self.number}: {self.text}"
+        return f"{place}, line {self.number}: {self.text or '(the source is not at hand)'}"
 
 
 class Evidence(NamedTuple):
@@ -120,7 +120,7 @@ _OWN = os.path.dirname(torch.__file__), __file__, "<frozen", *(sysconfig.get_pat
 def _whose(code):
     """Whose a code object is: of a "user", of another "library", or "torch", which is Python's own too."""
     if "site-packages" in code.co_filename or "dist-packages" in code.co_filename:
-        return "torch" if code.co_filename.startswith(_OWN[0]) else "library"
+        return "torch" if code.co_filename.startswith(_OWN[0] + os.sep) else "library"
     return "torch" if code.co_filename.startswith(_OWN) else "user"
 
 
@@ -161,7 +161,7 @@ def _line(place):
 class Origin(NamedTuple):
     """Where a bad value comes from."""
 
-    how: str  # "operation" made it, it "entered" from outside, or a "constant" or a "mask" did, which may be infinite
+    how: str  # "operation" made it, a GradScaler "scaled" it, it "entered" from outside, or a "constant" or "mask" did
     value: str  # "NaN" or "inf"
     number: int  # origins are numbered as they are met
     step: int
@@ -173,7 +173,7 @@ class Origin(NamedTuple):
     operation: str = ""
     operands: tuple = ()  # of Evidence
     result: Evidence | None = None
-    reason: tuple = ("unknown", "")  # (verdict, its evidence)
+    reason: tuple = ("unknown", "the evidence is not sufficient for a verdict")  # (verdict, its evidence)
     source: "Origin | None" = None  # of a NaN that was made of an infinity: where that came from
 
     @property
@@ -199,7 +199,8 @@ VERDICTS = {
     "mean of nothing": "Skip the empty case, or divide the sum by the count clamped at 1",
     "spread of one": "Drop the last batch of one, or use correction=0",
     "where trap": "Make the unselected input harmless before the function: f(torch.where(ok, x, 1))",
-    "steps too long": "Divide the learning rate by 10 until the run lives; then try warm-up or normalisation",
+    "steps too long": "Divide the learning rate by 10 until the run lives, then try warm-up or normalisation; if it "
+                      "only dies later, the loss has no lower bound",
     "wrong scale": "Standardise the inputs; initialise by fan-in, as Kaiming's does",
     "float16 range": "Use bfloat16 or float32 here; for gradients, a GradScaler",
     "vanished eps": "Use an eps above 6e-8, the least float16, or compute this in float32",
@@ -212,11 +213,12 @@ VERDICTS = {
     "unknown": "Look at the operands",
 }
 _DENOMINATORS = {"div": "other", "reciprocal": "self", "rsqrt": "self", "addcdiv": "tensor2", "pow": "self"}
-_LOGS = ("log", "log2", "log10", "log1p", "xlogy", "logit")
-_DOMAINS = ("acos", "asin", "acosh", "atanh", "erfinv", "lgamma", "digamma", "tan")
+_LOGS = ("log", "log2", "log10", "log1p", "xlogy")
+_DOMAINS = ("acos", "asin", "acosh", "atanh", "logit", "erfinv", "lgamma", "digamma", "tan")
 _EXPS = ("exp", "exp2", "expm1", "sinh", "cosh")
 _SPREADS = ("std", "var", "std_mean", "var_mean")
 _SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax", "_scaled_dot_product")
+_SUMS = ("mm", "mv", "conv", "dot", "norm", "sum", "mean", "var", "std", "lstm", "gru", "rnn", "softmax", "_scaled")
 _SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlogy", "Erfinv", "Norm", "Linalg",
            "Cdist")
 
@@ -239,16 +241,13 @@ def _reason(birth, given, operands, result, notes, growth):
     largest = sorted((_largest(tensor) for _, tensor in operands if tensor.isfinite().all()), reverse=True)
     below = tensors.get(_DENOMINATORS.get(name), given.get(_DENOMINATORS.get(name)))
     below = torch.tensor(float(below)) if isinstance(below, (int, float)) else below
-    exponent = given.get("exponent", 1) if name == "pow" else 1
-    exponent = exponent if isinstance(exponent, (int, float)) else 1
-    if below is not None and (below == 0).any() and (name != "pow" or exponent < 0):
+    exponent = torch.as_tensor(given.get("exponent", 1) if name == "pow" else 1)
+    if below is not None and ((below == 0) & (exponent < 0 if name == "pow" else True)).any():
         zeros = f"{int((below == 0).sum()):,} of {below.numel():,}"
-        note = next((note for note in notes(below) if isinstance(note, str)), "")
-        dropped = [note for _, tensor in operands for note in notes(tensor) if isinstance(note, torch.Tensor)]
-        if any(mask.shape == bad.shape and mask[bad].all() for mask in dropped):
-            return "where trap", "the gradient is 0 where the other branch was taken; 0 times an infinite slope is NaN"
+        note = next(iter(notes(below)), "")
         if birth.phase == "update" and name == "addcdiv":
-            return "Adam's denominator", f"{zeros} denominators are 0" + ", as float16 has no eps below 6e-8" * half
+            eps = ", as float16 has no eps below 6e-8" * half
+            return "Adam's denominator", f"{zeros} denominators of the optimizer (Adam's, RMSprop's) are 0{eps}"
         if birth.node.startswith(_SLOPES):
             function = birth.node.partition("Backward")[0]
             return "infinite slope", f"the value of {function} is finite, its slope is infinite at {zeros} places"
@@ -258,7 +257,8 @@ def _reason(birth, given, operands, result, notes, growth):
             return "constant normalised", f"{zeros} deviations are 0"
         return "division by zero", f"{zeros} denominators" + f" (a {note})" * bool(note) + " are 0"
     if name in _LOGS:
-        return ("log of a negative", "the argument is negative") if has_nan else ("log of zero", "the argument is 0")
+        what = "1 + the argument" if name == "log1p" else "the argument"
+        return ("log of a negative", f"{what} is negative") if has_nan else ("log of zero", f"{what} is 0")
     if name in ("sqrt", "rsqrt", "pow") and has_nan:
         return "root of a negative", "the argument is negative"
     if name in _DOMAINS:
@@ -281,14 +281,16 @@ def _reason(birth, given, operands, result, notes, growth):
         return "zero times infinity", "a factor is 0 where the other is infinite"
     if "_norm" in name and given.get("eps") == 0:
         return "constant normalised", "its eps is 0"
+    if name == "_weight_norm_interface" and has_nan and (tensors["v"] == 0).any():
+        return "division by zero", "a row of the weight has length 0, and it is divided by its length"
 
-    # an overflow, if the operands are large enough for one
-    if largest:
+    # an overflow, if the operands are large enough for one; straight to NaN it goes only in what sums
+    if largest and (not has_nan or any(word in name for word in _SUMS)):
         size = math.log10(max(tensor.numel() for _, tensor in operands) or 1)
         squares = any(word in name for word in ("mse", "var", "std", "norm", "cdist", "huber", "smooth"))
         pair = largest[0], largest[0] if squares or len(largest) == 1 else largest[1]
         digits = [math.log10(max(value, 1e-300)) for value in pair]
-        if max(sum(digits), exponent * digits[0]) + size >= math.log10(torch.finfo(result.dtype).max):
+        if max(sum(digits), exponent.max().item() * digits[0]) + size >= math.log10(torch.finfo(result.dtype).max):
             if half:
                 return "float16 range", f"operands up to {largest[0]:.3g} give more than 65,504, the largest float16"
             if growth or birth.phase == "update":
@@ -317,17 +319,18 @@ class NonFiniteError(FloatingPointError):
                "output", "gradient", "gradient of weight", …, or the name of a weight after the update
     """
 
-    def __init__(self, origin, reached, trail):
+    def __init__(self, origin, reached, step, trail):
         birth = origin.birth
         self.step, self.phase, self.module, self.operation = birth.step, birth.phase, birth.module, birth.operation
         self.operands, self.result, self.trail = birth.operands, birth.result, trail
         lines = [_line(caller) for caller in dict.fromkeys(birth.caller) if caller]
         self.line = lines[0] if lines else None
-        self.verdict, why = origin.reason if birth.reason[0] == "unknown" and origin.source else birth.reason
+        known = origin.reason[0] == "where trap" or (birth.reason[0] == "unknown" != origin.reason[0])
+        self.verdict, why = origin.reason if known else birth.reason
         how = f"is born: {birth.operation}" if birth.operation else "enters"
         then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
         text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
-                f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
+                f"    {then}it reaches {reached}" + f" in step {step}" * (step != birth.step), "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
                 "the largest magnitudes"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
@@ -338,7 +341,8 @@ class NonFiniteError(FloatingPointError):
                     module, tensor, size = max(found, key=lambda entry: entry[2])
                     where = ".".join(filter(None, (module, tensor if phase == "update" else "")))
                     parts.append(f"{phase} {size:.3g}" + f" in {where}" * bool(where))
-            text.append(f"    step {step}: " + ", ".join(parts))
+            if parts:
+                text.append(f"    step {step}: " + ", ".join(parts))
         super().__init__("\n".join(text))
 
 
@@ -498,7 +502,8 @@ class watch(TorchDispatchMode):
         return self
 
     def _forget(self):
-        self.error, self.pending = None, None  # the death; where a loss has a bad value from that may become one
+        self.error = None
+        self.pending = self.latest = None  # where the loss has a bad value from; and whatever had one last in this step
         self.counts, self.backwards, self.optimizer = {}, 0, None  # steps of each optimizer; the one in its step
         self.called = self.after_backward = self.in_backward = False  # in this step
         self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
@@ -525,6 +530,8 @@ class watch(TorchDispatchMode):
         _active, death = None, self.error
         if error is None and not death and self.pending:
             death = self._death(self.pending, "the loss with which the block is left")
+        elif isinstance(error, Exception) and not death and (self.pending or self.latest) and hasattr(error, "add_note"):
+            error.add_note(f"whynan: {self._death(self.pending or self.latest, 'nothing that was watched for')}")
         last = self.step
         self._forget()  # else it would keep networks alive
         self.counts = {None: last - 1}
@@ -544,7 +551,7 @@ class watch(TorchDispatchMode):
         name, _ = self.names.get(id(module), (None, None))
         in_backward = torch._C._current_autograd_node() is not None  # the recomputation of a checkpoint
         self.calls.append((module, name, in_backward))
-        if not in_backward and name is not None:
+        if not in_backward and name is not None and torch.is_grad_enabled():
             self.called, self.after_backward = True, False
 
     @_in_its_thread
@@ -581,7 +588,7 @@ class watch(TorchDispatchMode):
             for loss in _tensors(outputs) if self.started else ():
                 if not math.isfinite(self._measure(loss)):
                     origin = self._find("loss", loss)
-                    if origin.birth.reason[0] != "scaled":  # by a GradScaler, which will skip the step
+                    if origin.birth.how != "scaled":  # by a GradScaler, which will skip the step
                         self._die(origin, "the loss that backward is called on")
             self.pending, self.backwards = None, self.backwards + 1
             self.in_backward = self.after_backward = True
@@ -696,8 +703,7 @@ class watch(TorchDispatchMode):
             copy = args[0].clone() if isinstance(args[0], torch.Tensor) and args[0].numel() <= 1_000_000 else None
         result = func(*args, **kwargs)
         if operation.name == "_local_scalar_dense":
-            if isinstance(result, float) and not math.isfinite(result) and (
-                    args[0].requires_grad or self.losses.get(args[0])):
+            if isinstance(result, float) and not math.isfinite(result) and self.losses.get(args[0]):
                 self._die(self._find("loss", args[0]), "the loss that is read")
         elif not operation.silent:
             self._look(operation, args, kwargs, result, node, call, copy)
@@ -769,8 +775,11 @@ class watch(TorchDispatchMode):
         origin = self._origin(operation, named, worst, node, call, copy, phase)
         for tensor, _ in bad:
             self.bad.put(tensor, origin)
-            if node is None and not tensor.dim() and torch.is_grad_enabled() and any(
-                    operand.requires_grad for operand in _tensors(args)):
+            if origin.how in ("operation", "entered"):
+                self.latest = origin
+            # exp of a loss is its perplexity, which may well overflow
+            if node is None and tensor.numel() == 1 and origin.birth.how != "scaled" and operation.name != "exp" and (
+                    torch.is_grad_enabled() and any(operand.requires_grad for operand in _tensors(args))):
                 self.losses.put(tensor, True)
                 self.pending = origin
             if phase == "update" and any(tensor is other for other in written) and (weight := self._weight(tensor)):
@@ -883,7 +892,7 @@ class watch(TorchDispatchMode):
                 origin = origin._replace(reason=("infinite norm clipped", "its norm is infinite; inf times 0 is NaN"))
             return origin._replace(source=causes[0].birth)
         if operation.name == "mul" and _called_from("grad_scaler.py"):
-            return origin._replace(reason=("scaled", ""))
+            return origin._replace(how="scaled")
         reason = _reason(origin, dict(named), operands, result, self.notes.get, self._growth(operands))
         evidence = tuple(self._weigh(role, tensor) for role, tensor in operands)
         return origin._replace(operands=evidence, result=_weigh("result", result), reason=reason)
@@ -903,11 +912,12 @@ class watch(TorchDispatchMode):
 
     def _death(self, origin, reached):
         trail = self.trail
-        if not self.counts and self.backwards and self.names.keys() & _gradients().keys():
+        if self.backwards and not any(self.counts.values()) and (self.counts or self.names.keys() & _gradients().keys()):
             trail = [(1, *entry[1:]) for entry in trail]
             source = origin.source and origin.source._replace(step=1)
             origin = origin._replace(step=1, source=source)
-        return NonFiniteError(origin, reached, trail)
+            return NonFiniteError(origin, reached, 1, trail)
+        return NonFiniteError(origin, reached, self.step, trail)
 
     def _die(self, origin, reached):
         self.error = self._death(origin, reached)
