@@ -38,7 +38,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as modules
 from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as optimizers
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 
 # ------------------------------------------------------------------------------------------------- evidence
@@ -237,7 +237,7 @@ def _reason(birth, given, operands, result, notes, growth):
     growth     which weight has grown, as text, or None
     """
     name, tensors = _plain(birth.operation), {role.partition("[")[0]: tensor for role, tensor in operands}
-    bad, has_nan, half = ~result.isfinite(), bool(result.isnan().any()), result.dtype is torch.float16
+    has_nan, half = bool(result.isnan().any()), result.dtype is torch.float16
     largest = sorted((_largest(tensor) for _, tensor in operands if tensor.isfinite().all()), reverse=True)
     below = tensors.get(_DENOMINATORS.get(name), given.get(_DENOMINATORS.get(name)))
     below = torch.tensor(float(below)) if isinstance(below, (int, float)) else below
@@ -329,8 +329,9 @@ class NonFiniteError(FloatingPointError):
         self.verdict, why = origin.reason if known else birth.reason
         how = f"is born: {birth.operation}" if birth.operation else "enters"
         then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
+        reached += f" in step {step}" * (step != birth.step)
         text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
-                f"    {then}it reaches {reached}" + f" in step {step}" * (step != birth.step), "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
+                f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
                 "the largest magnitudes"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
@@ -344,6 +345,9 @@ class NonFiniteError(FloatingPointError):
             if parts:
                 text.append(f"    step {step}: " + ", ".join(parts))
         super().__init__("\n".join(text))
+
+    def __reduce__(self):  # to be copied, or sent by another process
+        return FloatingPointError.__new__, (NonFiniteError, str(self)), vars(self)
 
 
 # --------------------------------------------------------------------------------------------------- memory
@@ -410,7 +414,7 @@ def _tensors(value):
             return []
         if value.layout is not torch.strided:
             return [value._values()] if value.layout is torch.sparse_coo else []
-        return [] if value._is_zerotensor() else [value]
+        return [] if value._is_zerotensor() or is_traceable_wrapper_subclass(value) else [value]
     return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
@@ -505,9 +509,11 @@ class watch(TorchDispatchMode):
         self.error = None
         self.pending = self.latest = None  # where the loss has a bad value from; and whatever had one last in this step
         self.counts, self.backwards, self.optimizer = {}, 0, None  # steps of each optimizer; the one in its step
+        self.frozen = None  # the step that a backward belongs to, though an optimizer may make its own within it
         self.called = self.after_backward = self.in_backward = False  # in this step
         self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
         self.bad, self.losses, self.notes, self.origins = _Memory(), _Memory(), _Memory(), 0
+        self.dropped, self.of_node, self.updates = _Memory(), (None, None), _Memory()  # see `_keep_notes`, `_look`
         self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
 
     def _start(self):
@@ -530,8 +536,9 @@ class watch(TorchDispatchMode):
         _active, death = None, self.error
         if error is None and not death and self.pending:
             death = self._death(self.pending, "the loss with which the block is left")
-        elif isinstance(error, Exception) and not death and (self.pending or self.latest) and hasattr(error, "add_note"):
-            error.add_note(f"whynan: {self._death(self.pending or self.latest, 'nothing that was watched for')}")
+        elif isinstance(error, Exception) and not death and hasattr(error, "add_note"):  # from Python 3.11 on
+            if cause := self.pending or self.latest:
+                error.add_note(f"whynan: {self._death(cause, 'the place of this error, perhaps')}")
         last = self.step
         self._forget()  # else it would keep networks alive
         self.counts = {None: last - 1}
@@ -569,7 +576,7 @@ class watch(TorchDispatchMode):
     def _learn_weight(self, name, weight):
         if id(weight) not in self.names and weight.is_leaf:  # else it is put in a weight's place, by functional_call
             self.names[id(weight)] = name, weight
-            self.growth[name] = collections.deque([(self.step - 1, self._measure(weight))], maxlen=1000)
+            self.growth[id(weight)] = collections.deque([(self.step - 1, self._measure(weight))], maxlen=1000)
 
     def _measure(self, tensor):
         """`_largest`, outside of an operation."""
@@ -592,12 +599,17 @@ class watch(TorchDispatchMode):
                         self._die(origin, "the loss that backward is called on")
             self.pending, self.backwards = None, self.backwards + 1
             self.in_backward = self.after_backward = True
+            self.frozen, (stepping, self.optimizer) = self.step, (self.optimizer, None)
             due = not self.started and not self.counts and self.backwards + 1 >= self.from_step
             before = _gradients() if due else {}
             try:
-                return original(outputs, *args, **kwargs)
+                result = original(outputs, *args, **kwargs)
+                for gradient in _tensors(result):  # of autograd.grad
+                    self.updates.put(gradient, True)
+                return result
             finally:
                 self.in_backward = self.called = False
+                self.frozen, self.optimizer = None, stepping
                 if due and _gradients() == before:  # in a loop without an optimizer a step ends here
                     self._start()
         return backward
@@ -617,13 +629,17 @@ class watch(TorchDispatchMode):
         if not self.counts:  # all before was step 1, however often backward was called
             sizes = {key: size for _, sizes in self.steps for key, size in sizes.items()}
             self.steps = collections.deque([(1, sizes)], maxlen=51)
+        new = optimizer not in self.counts
         self.counts.setdefault(optimizer, 0)
         self.optimizer = optimizer
         if not self.started:
             return None
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                self._learn_weight(f"weight {len(self.growth)}", weight)
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            self._learn_weight(f"weight {len(self.growth)}", weight)
+            for state in optimizer.state.get(weight, {}).values() if new else ():  # a checkpoint's, perhaps
+                for tensor in _tensors(state):
+                    if not math.isfinite(self._measure(tensor)):
+                        self._find("state", tensor, into=self._name(tensor))
         self._check_gradients(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -655,14 +671,14 @@ class watch(TorchDispatchMode):
     def _after_step(self, optimizer, args, kwargs):
         self.counts[optimizer] = self.counts.get(optimizer, 0) + 1
         self.optimizer, self.called, self.after_backward = None, False, False
-        if len(self.made) > 200_000:  # graphs that old are seldom alive
-            self.made = dict(list(self.made.items())[100_000:])
         if not self.started and self.step >= self.from_step:
             self._start()
 
     @property
     def step(self):
         """The number of the step under way."""
+        if self.frozen:
+            return self.frozen
         return max(self.counts.values()) + 1 if self.counts else max(1, self.backwards + (not self.after_backward))
 
     @property
@@ -697,6 +713,8 @@ class watch(TorchDispatchMode):
             made = self._made(node, call, beyond_function=not torch.is_grad_enabled())
             for new in range(self.sequence, number):
                 self.made[new] = made
+            if len(self.made) > 200_000:  # graphs that old are seldom alive
+                self.made = dict(list(self.made.items())[100_000:])
             self.sequence = number
         copy = None
         if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _COPIED:
@@ -711,17 +729,17 @@ class watch(TorchDispatchMode):
 
     def _made(self, node, call, beyond_function=False):
         """(module, class, caller) of what is called now; in a backward, of the forward call that it belongs to."""
-        if node is not None and not call:
+        if node is not None and not call and not (torch.is_grad_enabled() and "Checkpoint" in node.name()):
             return self.made.get(node._sequence_nr()) or ("", "", _caller())
         caller = _caller(beyond_function)
         return (call[1], type(call[0]).__name__, caller) if call else ("", "", caller)
 
     def _phase(self, node, call, args):
-        if node is not None and not call:
-            return "backward"
         grad = torch.is_grad_enabled()
         if self.optimizer and not grad:
             return "update"
+        if node is not None and not call:
+            return "backward"
         if call:
             return "forward"
         if self.after_backward and not grad:
@@ -736,11 +754,10 @@ class watch(TorchDispatchMode):
         results = _tensors(result)
         phase = self._phase(node, call, args)
         if phase in ("data", "loss") and self.after_backward and not self.in_backward and any(
-                self._name(tensor) or "update" in self.notes.get(tensor)
-                for tensor in _tensors([*args, *kwargs.values()])):
+                self._name(tensor) or self.updates.get(tensor) for tensor in _tensors([*args, *kwargs.values()])):
             phase = "update"  # by hand, as in weight.data -= lr * weight.grad
             for tensor in results:
-                self.notes.put(tensor, "update")
+                self.updates.put(tensor, True)
         module = call[1] if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
         named = written = ()
         if operation.written:
@@ -762,8 +779,8 @@ class watch(TorchDispatchMode):
             if written and id(tensor) in self.names:
                 name = self.names[id(tensor)][0]
                 self._note("update", *self._part(name), size)
-                if size != self.growth[name][-1][1]:
-                    self.growth[name].append((self.step, size))
+                if size != self.growth[id(tensor)][-1][1]:
+                    self.growth[id(tensor)].append((self.step, size))
             elif phase != "update" and (phase != "loss" or tensor is results[0]):
                 self._note(phase, module, "gradient" if phase == "backward" else "output", size)
         if results:
@@ -790,14 +807,14 @@ class watch(TorchDispatchMode):
         name = _plain(operation.name)
         if phase == "backward":
             # where a branch was not taken its gradient is 0: which elements these are goes with it
-            if node.name().startswith(("Where", "MaskedFill")):
-                self.notes.put(results[0], results[0] == 0)
-            elif self.notes.kept:
-                dropped = [[note for note in self.notes.get(tensor) if isinstance(note, torch.Tensor)][:1]
-                           for tensor in _tensors(args)]
+            if node.name().startswith(("Where", "MaskedFill", "NanToNum")):
+                self.dropped.put(results[0], results[0] == 0)
+            elif self.dropped.kept:
+                dropped = [self.dropped.get(tensor)[:1] for tensor in _tensors(args)]
                 masks = [mask for masks in dropped for mask in masks if mask.shape == results[0].shape]
                 if masks and (name != "add" or len(masks) == len(dropped)):
-                    self.notes.put(results[0], functools.reduce(torch.logical_and, masks))
+                    self.of_node = node._sequence_nr(), functools.reduce(torch.logical_and, masks)
+                    self.dropped.put(results[0], self.of_node[1])
         elif name in _NOTED:
             self.notes.put(results[0], name.removeprefix("linalg_vector_"))
         elif results[0].dtype is torch.float16 and name in ("add", "clamp_min") and (
@@ -838,17 +855,21 @@ class watch(TorchDispatchMode):
             return origin
         before, self.looking = self.looking, True
         evidence, weight, how = self._weigh(role, tensor), into or self._weight(tensor), "entered"
-        if value == "inf":
-            buffers = [b for _, m in self.names.values() if isinstance(m, torch.nn.Module) for b in m.buffers(False)]
-            place = tensor.untyped_storage()._cdata
-            if tensor.numel() == 1 or any(buffer.untyped_storage()._cdata == place for buffer in buffers):
+        place = tensor.untyped_storage()._cdata
+        buffer = next((".".join(filter(None, (name, own))) for name, module in self.names.values()
+                       if isinstance(module, torch.nn.Module) for own, buffer in module.named_buffers(recurse=False)
+                       if _tensors(buffer) and buffer.untyped_storage()._cdata == place), "")
+        if value == "NaN":
+            weight = weight or buffer
+        else:
+            if tensor.numel() == 1 or buffer:
                 how = "constant"
             elif not (tensor.detach() == math.inf).any():
                 how = "mask"
         self.looking = before
-        bad = f"{evidence.nan + evidence.inf:,} of {tensor.numel():,} values of {weight or role}"
-        reason = "bad weight" if weight else "bad data", f"{bad} are not finite as it comes"
-        call = self.calls[-1] if self.calls and self.calls[-1][1] is not None else None
+        bad = f"{evidence.nan + evidence.inf:,} of {tensor.numel():,} values of {weight or f'what comes as {role}'}"
+        reason = "bad weight" if weight else "bad data", f"{bad} are not finite before any operation"
+        call = self.calls[-1] if weight and self.calls and self.calls[-1][1] is not None else None
         origin = self._new(how, value, "data", None, call, result=evidence, reason=reason)
         self.bad.put(tensor, origin)
         return origin
@@ -877,42 +898,68 @@ class watch(TorchDispatchMode):
         softmax = operation.name.startswith(_SOFTMAX)
         causes = [source for source in sources if source.value == "NaN"] or [
             s for s in sources if s.how != "constant" and not (s.how == "mask" and softmax)]
-        if causes and (value == "inf" or causes[0].value == "NaN"):
+        trap = value == "NaN" and phase == "backward" and self._was_dropped(node, result)
+        new = trap and causes and causes[0].birth.phase != "backward"
+        if causes and (value == "inf" or causes[0].value == "NaN") and not new:
             return causes[0]
         if value == "inf" and sources:
+            made = sources[0].operation in ("scalar_tensor", "full", "full_like", "fill_")
+            if sources[0].how == "constant" and made and len(operands) > 1:  # here it is mixed with what is computed
+                return self._new("constant", value, phase, node, call, operation=operation.name,
+                                 reason=("unknown", "an infinite constant is given"))
             return sources[0]
         if value == "inf" and any(isinstance(a, float) and not math.isfinite(a) for _, a in named):
             return self._new("constant", value, phase, node, call, operation=operation.name,
                              reason=("unknown", "an infinite constant is given"))
         origin = self._new("operation", value, phase, node, call, operation=operation.name)
-        if into and phase == "update":
-            origin = origin._replace(module=self._part(into)[0], kind="update")
+        if not origin.kind and phase in ("update", "backward"):  # then it is the weight's
+            names = [into, *(self._name(tensor) for _, tensor in operands)]
+            owner = self._part(next(filter(None, names), "").rpartition(" of ")[2])[0]
+            kinds = [type(module).__name__ for name, module in self.names.values() if name == owner]
+            if any(names):
+                origin = origin._replace(module=owner, kind=kinds[0] if kinds else "")
+        if trap:
+            origin = origin._replace(reason=("where trap", "the gradient is 0 where the other branch was taken, and 0 "
+                                             "times what is infinite or NaN in the branch that was dropped is NaN"))
         if causes:  # an infinity has become NaN
             if _called_from("clip_grad.py"):
                 origin = origin._replace(reason=("infinite norm clipped", "its norm is infinite; inf times 0 is NaN"))
             return origin._replace(source=causes[0].birth)
         if operation.name == "mul" and _called_from("grad_scaler.py"):
             return origin._replace(how="scaled")
-        reason = _reason(origin, dict(named), operands, result, self.notes.get, self._growth(operands))
+        reason = origin.reason if trap else _reason(origin, dict(named), operands, result, self.notes.get,
+                                                    self._growth(operands))
         evidence = tuple(self._weigh(role, tensor) for role, tensor in operands)
         return origin._replace(operands=evidence, result=_weigh("result", result), reason=reason)
 
+    def _was_dropped(self, node, result):
+        """Whether the gradient that came to this node was 0 wherever the result is bad, since `where` dropped it."""
+        number, mask = self.of_node
+        return number == node._sequence_nr() and mask.shape == result.shape and bool(mask[~result.isfinite()].all())
+
     def _growth(self, operands):
-        """How the weight among the operands, else the one that grew most, has grown if it is a hundredfold; or None."""
-        names = {self._name(tensor, states=False) for _, tensor in operands} & {*self.growth}
-        for candidates in (names, {*self.growth}):
-            ratios = {name: self.growth[name][-1][1] / (self.growth[name][0][1] or math.inf) for name in candidates}
-            name = max(ratios, key=ratios.get, default=None)
-            if name and ratios[name] >= 100:
-                sizes = self.growth[name]
-                first, last = next(step for step, size in sizes if size > 2 * sizes[0][1]), sizes[-1][0]
-                steps = f"in steps {first} to {last}" if last > first else f"in step {first}"
-                return f"{name} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} {steps}"
-        return None
+        """How a weight among the operands, else the one that grew most, has grown; None if that explains nothing.
+
+        It does if it is a hundredfold, and all growth together is within six digits of the largest operand.
+        """
+        groups = [group for optimizer in self.counts for group in optimizer.param_groups]
+        moved = {id(weight) for group in groups for weight in group["params"]}
+        digits = {key: math.log10(sizes[-1][1] / sizes[0][1]) for key, sizes in self.growth.items()
+                  if (key in moved or not moved) and sizes[0][1] > 0 and sizes[-1][1] > 100 * sizes[0][1]}
+        largest = max((_largest(tensor) for _, tensor in operands), default=0.0)
+        if not digits or not math.isfinite(largest) or sum(digits.values()) + 6 < math.log10(max(largest, 1.0)):
+            return None
+        names = {self._name(tensor, states=False) for _, tensor in operands}
+        key = max(digits, key=lambda key: (self.names[key][0] in names, digits[key]))
+        sizes = self.growth[key]
+        first, last = next(step for step, size in sizes if size > 2 * sizes[0][1]), sizes[-1][0]
+        steps = f"in steps {first} to {last}" if last > first else f"in step {first}"
+        return f"{self.names[key][0]} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} {steps}"
 
     def _death(self, origin, reached):
         trail = self.trail
-        if self.backwards and not any(self.counts.values()) and (self.counts or self.names.keys() & _gradients().keys()):
+        waits = self.counts or self.names.keys() & _gradients().keys()
+        if self.backwards and not any(self.counts.values()) and waits:
             trail = [(1, *entry[1:]) for entry in trail]
             source = origin.source and origin.source._replace(step=1)
             origin = origin._replace(step=1, source=source)
