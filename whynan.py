@@ -899,18 +899,19 @@ class watch(TorchDispatchMode):
         causes = [source for source in sources if source.value == "NaN"] or [
             s for s in sources if s.how != "constant" and not (s.how == "mask" and softmax)]
         trap = value == "NaN" and phase == "backward" and self._was_dropped(node, result)
-        new = trap and causes and causes[0].birth.phase != "backward"
-        if causes and (value == "inf" or causes[0].value == "NaN") and not new:
+        constant = functools.partial(self._new, "constant", value, phase, node, call, operation=operation.name,
+                                     reason=("unknown", "a constant that is not finite is given"))
+        given = [argument for _, argument in named if isinstance(argument, float) and not math.isfinite(argument)]
+        if given and not sources and (value == "inf" or not operands):
+            return constant()
+        if sources and sources[0].how == "constant" and sources[0].value == value and len(operands) > 1 and (
+                sources[0].operation in ("scalar_tensor", "full", "full_like", "fill_")):
+            return constant()  # here it is mixed with what is computed
+        told = causes and (value == "inf" or causes[0].value == "NaN")
+        if told and (not trap or causes[0].reason[0] == "where trap"):
             return causes[0]
         if value == "inf" and sources:
-            made = sources[0].operation in ("scalar_tensor", "full", "full_like", "fill_")
-            if sources[0].how == "constant" and made and len(operands) > 1:  # here it is mixed with what is computed
-                return self._new("constant", value, phase, node, call, operation=operation.name,
-                                 reason=("unknown", "an infinite constant is given"))
             return sources[0]
-        if value == "inf" and any(isinstance(a, float) and not math.isfinite(a) for _, a in named):
-            return self._new("constant", value, phase, node, call, operation=operation.name,
-                             reason=("unknown", "an infinite constant is given"))
         origin = self._new("operation", value, phase, node, call, operation=operation.name)
         if not origin.kind and phase in ("update", "backward"):  # then it is the weight's
             names = [into, *(self._name(tensor) for _, tensor in operands)]
@@ -940,12 +941,12 @@ class watch(TorchDispatchMode):
     def _growth(self, operands):
         """How a weight among the operands, else the one that grew most, has grown; None if that explains nothing.
 
-        It does if it is a hundredfold, and all growth together is within six digits of the largest operand.
+        It does if it is thirtyfold, and all such growth together is within six digits of the largest operand.
         """
         groups = [group for optimizer in self.counts for group in optimizer.param_groups]
         moved = {id(weight) for group in groups for weight in group["params"]}
         digits = {key: math.log10(sizes[-1][1] / sizes[0][1]) for key, sizes in self.growth.items()
-                  if (key in moved or not moved) and sizes[0][1] > 0 and sizes[-1][1] > 100 * sizes[0][1]}
+                  if (key in moved or not moved) and sizes[0][1] > 0 and sizes[-1][1] > 30 * sizes[0][1]}
         largest = max((_largest(tensor) for _, tensor in operands), default=0.0)
         if not digits or not math.isfinite(largest) or sum(digits.values()) + 6 < math.log10(max(largest, 1.0)):
             return None

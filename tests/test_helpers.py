@@ -193,6 +193,7 @@ def test_reading_writes_nothing(data_copy):
     assert images.data.shape == (60_000, 28, 28) and sorted(data_copy.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_join_their_counts(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text("""
@@ -297,6 +298,7 @@ def test_a_dead_network_scores_the_share_of_class_0():
     assert result.accuracy == pytest.approx(980 / 10_000) and math.isnan(result.loss)
 
 
+@pytest.mark.slow
 def test_training_learns_and_tests_on_the_test_set():
     train_iter, test_iter = load_data(image_size=28)
     torch.manual_seed(0)
@@ -383,6 +385,7 @@ torch.save({"history": history.model_dump_json(), "net": net.state_dict()}, sys.
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_history_and_weights(tmp_path):
     def start(name):
         files = tmp_path / f"{name}.checkpoint", tmp_path / f"{name}.result"
@@ -487,6 +490,7 @@ for number in range(int(sys.argv[2]), int(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_one_sweep_lose_nothing(tmp_path):
     path = tmp_path / "sweep.json"
     both = [subprocess.Popen([sys.executable, "-c", SWEEPING, path, *part]) for part in (("0", "40"), ("20", "60"))]
