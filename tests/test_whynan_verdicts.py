@@ -1,0 +1,240 @@
+"""What whynan says of loops that mislead a finder: each of these was once told wrongly, or not at all."""
+
+import math
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_whynan import death_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import whynan
+
+
+def descend(net, loss_of, steps=6, optimizer=torch.optim.SGD, lr=1e-3, before_step=lambda: None):
+    """Trains net with the loss loss_of(step), from step 1 on."""
+    optimizer = optimizer(net.parameters(), lr=lr)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss_of(step).backward()
+        before_step()
+        optimizer.step()
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(4, 1), torch.randn(8, 4)
+
+
+# ----------------------------------------------------------------------------------------------- is it told?
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes before")
+@pytest.mark.parametrize("guard", [
+    lambda net, loss: math.isfinite(float(loss.detach().numpy())) or 1 / 0,
+    lambda net, loss: torch.distributions.Categorical(logits=loss.detach().expand(3)),
+    lambda net, loss: torch.multinomial(loss.detach().expand(3), 1)])
+def test_an_error_of_the_owners_own_guard_comes_out_as_it_is_with_the_report_as_a_note(guard):
+    net, X = linear()
+
+    def loss_of(step):
+        loss = (net(X).mean() * (step != 3)).abs().log()  # birth
+        if step == 3:
+            guard(net, loss)
+        return loss
+
+    with pytest.raises(Exception) as caught, whynan.watch(net):
+        descend(net, loss_of)
+    assert not isinstance(caught.value, whynan.NonFiniteError)
+    note, = caught.value.__notes__
+    assert "log of zero" in note and "step 3, loss phase" in note and "# birth" in note
+
+
+def test_a_report_can_be_pickled():
+    net, X = linear()
+    error = death_of(lambda: (net(X) / 0).mean().backward())
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error)
+    assert repr(vars(copy)) == repr(vars(error)), "NaN is not equal to itself"
+
+
+def test_a_bad_loss_of_shape_1_is_a_loss():
+    net, X = linear()
+
+    def run():
+        for step in range(1, 5):
+            loss = (net(X).mean(0) * (step != 3)).abs().log()
+            if torch.isnan(loss).any() or torch.isinf(loss).any():
+                return
+            loss.sum().backward()
+
+    assert death_of(run).step == 3
+
+
+def test_a_perplexity_that_overflows_is_no_death():
+    net, X = linear()
+
+    def loss_of(step):
+        loss = 100 + net(X).square().mean()
+        assert loss.exp().item() == math.inf
+        return loss
+
+    with whynan.watch(net):
+        descend(net, loss_of)
+
+
+# ------------------------------------------------------------------------------------------ step, phase, place
+def test_a_birth_in_the_backward_of_an_accumulated_batch_belongs_to_step_1():
+    net, X = linear()
+
+    def run():
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        for batch in range(4):
+            (net(X).mean() * (batch != 2)).abs().sqrt().backward()  # birth
+        optimizer.step()
+
+    error = death_of(run)
+    assert (error.step, error.phase) == (1, "backward") and "# birth" in error.line.text
+
+
+def test_a_gradient_clipped_by_hand_is_an_update():
+    net, X = linear()
+
+    def clip():
+        total = sum(weight.grad.pow(2).sum() for weight in net.parameters()).sqrt()
+        scale = 1 / total  # birth
+        for weight in net.parameters():
+            weight.grad.mul_(scale)
+
+    error = death_of(lambda: descend(net, lambda step: net(X).mean() * (step != 3), before_step=clip))
+    assert (error.step, error.phase, error.verdict) == (3, "update", "division by zero")
+    assert "# birth" in error.line.text
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_state_that_an_optimizer_was_given_bad_is_data(key):
+    net, X = linear()
+    before = torch.optim.Adam(net.parameters())
+    net(X).mean().backward()
+    before.step()
+    before.state[net.weight][key][0, 1] = math.nan
+
+    def run():
+        optimizer = torch.optim.Adam(net.parameters())
+        optimizer.load_state_dict(before.state_dict())
+        net(X).mean().backward()
+        optimizer.step()
+
+    error = death_of(run, net=net)
+    assert (error.phase, error.operation, error.verdict) == ("data", "", "bad weight")
+    assert f"{key} of weight" in str(error)
+
+
+def test_a_buffer_that_was_loaded_bad_is_a_bad_weight():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    net[1].running_var[2] = math.nan
+    error = death_of(lambda: net(torch.ones(2, 4)).sum().backward())
+    assert (error.phase, error.module, error.verdict) == ("data", "1", "bad weight") and "1.running_var" in str(error)
+
+
+def test_data_made_after_a_validation_is_data():
+    net, X = linear()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def run():
+        for step in range(1, 5):
+            batch = X * (step != 3)
+            batch = (batch - batch.mean(0)) / batch.std(0)  # birth
+            net(batch).mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                net(X).mean().item()
+
+    error = death_of(run)
+    assert (error.step, error.phase, error.verdict) == (3, "data", "constant normalised")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_birth_in_the_recomputed_part_of_a_checkpoint_has_its_own_line(use_reentrant):
+    net, X = linear()
+
+    def part(x):
+        y = net(x) * 0
+        return y.abs().sqrt()  # birth
+
+    error = death_of(lambda: descend(net, lambda step: checkpoint(
+        part, X.clone().requires_grad_(), use_reentrant=use_reentrant).mean()))
+    assert (error.step, error.phase, error.verdict) == (1, "backward", "infinite slope")
+    assert "# birth" in error.line.text
+
+
+def test_an_optimizer_that_steps_within_backward_is_an_update():
+    net, X = linear()
+    net.half()
+    optimizers = {weight: torch.optim.Adam([weight], lr=1e-3) for weight in net.parameters()}
+
+    def step(weight):
+        optimizers[weight].step()  # birth
+        weight.grad = None
+
+    for weight in net.parameters():
+        weight.register_post_accumulate_grad_hook(step)
+    error = death_of(lambda: (net(1e-3 * X.half()).mean() * 1e-3).backward())
+    assert (error.step, error.phase, error.verdict) == (1, "update", "Adam's denominator")
+    assert "# birth" in error.line.text
+
+
+# ------------------------------------------------------------------------------------------------- verdicts
+TRAPS = {
+    "sqrt": lambda x: torch.where(x > 0, x.sqrt(), 0 * x), "log": lambda x: torch.where(x > 0, x.log(), 0 * x),
+    "exp": lambda x: torch.where(x < 2, x, (100 * x).exp()), "sinc": lambda x: torch.where(x == 0, 1.0, x.sin() / x),
+    "power": lambda x: torch.where(x > 0.2, (x - 0.2) ** 0.4, x), "fill": lambda x: (1 / x).masked_fill(x == 0, 0)}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_the_trap_of_where_is_told_wherever_the_dropped_branch_is_bad(name):
+    x = nn.Parameter(torch.tensor([0.0, 1.0, 1.5, 0.5]))
+    error = death_of(lambda: descend(nn.ParameterList([x]), lambda step: TRAPS[name](x).sum()))
+    assert error.verdict == "where trap", str(error)
+
+
+def test_a_gradient_of_zero_that_no_where_made_is_no_trap():
+    x = nn.Parameter(torch.tensor([0.0, 1.0]))
+    error = death_of(lambda: descend(nn.ParameterList([x]), lambda step: (x.sqrt() ** 2).sum()))
+    assert error.verdict == "infinite slope"
+
+
+def test_a_fill_value_is_not_blamed_on_a_weight_that_grew():
+    net, X = linear()
+    nn.init.constant_(net.bias, 1e-3)
+
+    def loss_of(step):
+        return F.mse_loss(net(X), torch.full((8, 1), 9.97e36 if step == 40 else 3.0))
+
+    error = death_of(lambda: descend(net, loss_of, steps=50, lr=0.1), net=net)
+    assert (error.step, error.verdict) == (40, "unknown")
+
+
+def test_of_two_networks_with_the_same_names_each_has_its_own_growth():
+    first, second = nn.Linear(4, 1), nn.Linear(4, 1)
+    nn.init.constant_(first.weight, 1e-4)
+    nn.init.constant_(second.weight, 5.0)
+    X = torch.ones(2, 4)
+
+    def loss_of(step):
+        return first(X).mean() + (second(X) + (1e30 if step == 4 else 0)).pow(2).mean()
+
+    error = death_of(lambda: descend(nn.ModuleList([first, second]), loss_of, lr=1e-9))
+    assert error.verdict == "unknown"
+
+
+@pytest.mark.parametrize(("function", "verdict", "evidence"), [
+    (lambda x: torch.log1p(x - 2), "log of zero", "1 + the argument is 0"),
+    (lambda x: torch.logit(x + 0.5), "outside the domain", "logit"),
+    (lambda x: torch.remainder(x.half(), 0 * x.half()), "unknown", "not sufficient"),
+    (lambda x: x * math.inf, "unknown", "a constant that is not finite")])
+def test_the_evidence_is_true_of_the_function(function, verdict, evidence):
+    x = torch.ones(3, requires_grad=True)
+    error = death_of(lambda: function(x).sum().backward())
+    assert error.verdict == verdict and evidence in str(error)
