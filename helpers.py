@@ -26,7 +26,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from typing import Annotated, Literal, NamedTuple
@@ -79,15 +78,9 @@ def _refuse(name, value, allowed):
 
 def _writable(path):
     """'' or a path whose folder takes a new file."""
-    if path:
-        target = pathlib.Path(path)
-        try:
-            if target.is_dir():
-                raise ValueError
-            with tempfile.TemporaryFile(dir=target.parent):
-                pass
-        except OSError:  # from here, pydantic would not say which parameter it was
-            raise ValueError from None
+    folder = os.path.dirname(path) or "."
+    if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
+        raise ValueError
     return path
 
 
@@ -120,11 +113,12 @@ class Parameters(BaseModel):
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
     sweep: _NewFile = ""
+    second_sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""
 
 
-def _refuse_what_the_notebook_lacks():
+def _refuse_unknown_names():
     """papermill puts its values into a cell of their own, and only warns if no other cell has such a name."""
     known = getattr(get_ipython(), "user_ns", {})
     theirs, ours = ("\n".join(cell for cell in known.get("In", ()) if cell.startswith("# Parameters\n") == injected)
@@ -139,7 +133,7 @@ def check_parameters(**given):
 
     Returns a `Parameters`. Raises ValueError, one line with the name, the value and what is allowed.
     """
-    _refuse_what_the_notebook_lacks()
+    _refuse_unknown_names()
     try:
         return Parameters(**given)
     except ValidationError as error:

@@ -287,6 +287,7 @@ def _reason(birth, given, operands, result, notes, growth):
     # an overflow, if the operands are large enough for one; straight to NaN it goes only in what sums
     if largest and (not has_nan or any(word in name for word in _SUMS)):
         size = math.log10(max(tensor.numel() for _, tensor in operands) or 1)
+        size += math.log10(max([1.0, *(abs(v) for v in given.values() if isinstance(v, float) and math.isfinite(v))]))
         squares = any(word in name for word in ("mse", "var", "std", "norm", "cdist", "huber", "smooth"))
         pair = largest[0], largest[0] if squares or len(largest) == 1 else largest[1]
         digits = [math.log10(max(value, 1e-300)) for value in pair]

@@ -377,7 +377,8 @@ def test_the_training_cell_of_04_run_twice_starts_again(tmp_path):
         "once = history.loss", sources[at], "assert history.loss == once, 'it trained on'"])
     nbformat.write(notebook, tmp_path / "04_fixed_lr.ipynb")
     process = papermill(tmp_path / "04_fixed_lr", tmp_path, num_epochs=0.005, test_images=20, **SMALL)
-    assert process.communicate(timeout=300)[0] is not None and process.returncode == 0
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
 
 
 TINY_MAP = {"image_size": 67, "images": 2, "steps": 3, "grid_size": 3, "dataset": "FashionMNIST"}

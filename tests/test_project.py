@@ -93,6 +93,17 @@ def test_ci_and_the_workflow_run_the_readmes_test_command():
     matrix = workflow["jobs"]["test"]["strategy"]["matrix"]
     assert {system.split("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
     assert matrix["python"] == ["3.10", "3.13"]
+    weekly = yaml.safe_load((HERE / ".github/workflows/weekly.yml").read_text())
+    assert command in [step.get("run") for step in weekly["jobs"]["newest"]["steps"]]
+    assert any("--resolution lowest-direct -r requirements.txt" in step.get("run", "")
+               for step in weekly["jobs"]["oldest"]["steps"])
+
+
+def test_citation_and_licence_say_what_the_project_says():
+    citation = yaml.safe_load((HERE / "CITATION.cff").read_text())
+    assert f'version = "{citation["version"]}"' in (HERE / "pyproject.toml").read_text()
+    assert README.startswith(f"# {citation['title']}\n")
+    assert (HERE / "LICENSE").read_text().startswith(f"{citation['license']} License\n")
 
 
 def test_the_reading_and_the_test_command_share_their_set_up():

@@ -238,3 +238,9 @@ def test_the_evidence_is_true_of_the_function(function, verdict, evidence):
     x = torch.ones(3, requires_grad=True)
     error = death_of(lambda: function(x).sum().backward())
     assert error.verdict == verdict and evidence in str(error)
+
+
+def test_a_learning_rate_beyond_all_measure_is_told_by_the_update():
+    net, X = linear()
+    error = death_of(lambda: descend(net, lambda step: 1e4 * net(X).mean(), lr=1e38))
+    assert (error.step, error.phase, error.verdict) == (1, "update", "steps too long")
