@@ -421,6 +421,7 @@ def _tensors(value):
 
 # ---------------------------------------------------------------------------------------------------- watch
 _active = None  # the watch whose block runs
+_GUARDS = AssertionError, ArithmeticError, RuntimeError, ValueError  # what owners, and torch, raise at a bad value
 _NOTED = {*_SPREADS, "sum", "linalg_vector_norm"}  # what a denominator may be
 _HANDED_ON = {"sqrt", "add", "mul", "clone", "_to_copy", "mean"}  # what keeps a denominator's note
 _COPIED = {*_DENOMINATORS, *_LOGS, *_DOMAINS, *_EXPS, "sqrt", "mul", "add", "sub"}  # in place, operand worth a copy
@@ -457,8 +458,9 @@ class watch(TorchDispatchMode):
     Raises `NonFiniteError`, whose text is the report, in the step in which the run dies: a loss is not finite that is
     read (`.item()`), that `backward` is called on, or with which the block is left; or a gradient is not as a step of
     an optimizer begins; or a weight is not after it, or after an update by hand. What is not finite and harms nobody
-    passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. Otherwise the run is the
-    same, bit for bit, and nothing remains of the watch when the block is left, however that happens.
+    passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. An error of your own comes out
+    as it is (from Python 3.11 on with the report as a note, where a bad value was made in its step). Otherwise the run
+    is the same, bit for bit, and nothing remains of the watch when the block is left, however that happens.
 
     Every operation of the thread that entered the block is looked at; of networks in other threads a warning tells.
     Networks compiled by `torch.compile` run eagerly in it. `trail` has the magnitudes so far, as `NonFiniteError` has.
@@ -537,7 +539,7 @@ class watch(TorchDispatchMode):
         _active, death = None, self.error
         if error is None and not death and self.pending:
             death = self._death(self.pending, "the loss with which the block is left")
-        elif isinstance(error, Exception) and not death and hasattr(error, "add_note"):  # from Python 3.11 on
+        elif isinstance(error, _GUARDS) and not death and hasattr(error, "add_note"):  # from Python 3.11 on
             if cause := self.pending or self.latest:
                 error.add_note(f"whynan: {self._death(cause, 'the place of this error, perhaps')}")
         last = self.step
@@ -671,7 +673,7 @@ class watch(TorchDispatchMode):
     @_in_its_thread
     def _after_step(self, optimizer, args, kwargs):
         self.counts[optimizer] = self.counts.get(optimizer, 0) + 1
-        self.optimizer, self.called, self.after_backward = None, False, False
+        self.optimizer, self.latest, self.called, self.after_backward = None, None, False, False
         if not self.started and self.step >= self.from_step:
             self._start()
 
