@@ -1,7 +1,11 @@
 """What whynan says of loops that mislead a finder: each of these was once told wrongly, or not at all."""
 
+import ast
 import math
+import pathlib
 import pickle
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -244,3 +248,24 @@ def test_a_learning_rate_beyond_all_measure_is_told_by_the_update():
     net, X = linear()
     error = death_of(lambda: descend(net, lambda step: 1e4 * net(X).mean(), lr=1e38))
     assert (error.step, error.phase, error.verdict) == (1, "update", "steps too long")
+
+
+# ------------------------------------------------------------------------------------------------ file alone
+SCRIPT = """
+import torch, whynan
+net = torch.nn.Linear(2, 1)
+with whynan.watch(net):
+    for step in range(3):
+        (net(torch.ones(2)).abs() * (step < 2)).log().sum().backward()
+"""
+
+
+def test_the_file_alone_is_enough(tmp_path):
+    modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+               for node in ast.walk(ast.parse(pathlib.Path(whynan.__file__).read_text(encoding="utf-8")))
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert {module.split(".")[0] for module in modules} <= {"torch", *sys.stdlib_module_names}
+    shutil.copy(whynan.__file__, tmp_path)
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "step 3, loss phase" in done.stderr and "train.py, line 6" in done.stderr
