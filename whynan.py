@@ -6,8 +6,8 @@
         train_as_always()            # your loop, your optimizer, your loss, untouched
 
 When the run dies, `NonFiniteError` is raised; its text says in which step, phase, module, operation and line the first
-bad value was made, what it was made of, and, where that is certain, why, and what to do. This file needs torch (2.10
-or later) and nothing else: copy it into any project. Read it from top to bottom:
+bad value was made, what it was made of, and, where the evidence is sufficient, why, and what to do. This file needs
+torch (2.10 or later) and nothing else: copy it into any project. Read it from top to bottom:
 
     evidence    Line, Evidence            what is known of a line and of a tensor
     reasons     Origin, VERDICTS          where a bad value comes from; what it is, where the evidence is sufficient
@@ -188,7 +188,8 @@ class Origin(NamedTuple):
 VERDICTS = {
     "bad data": "Mend the row where the data is made; isfinite().all() checks a batch",
     "bad weight": "Load another checkpoint, or initialise this weight anew",
-    "division by zero": "Clamp the denominator from below, add a small number to it, or skip the case",
+    "division by zero": "Clamp the denominator from below, add a small number to it (inside the root, if it is one), "
+                        "or skip the case",
     "log of zero": "Use what takes logits (log_softmax, logsigmoid, …_with_logits), or clamp from below",
     "log of a negative": "Make the argument positive: softplus, exp or a clamp",
     "root of a negative": "Clamp the argument at a small positive number",
@@ -199,14 +200,14 @@ VERDICTS = {
     "mean of nothing": "Skip the empty case, or divide the sum by the count clamped at 1",
     "spread of one": "Drop the last batch of one, or use correction=0",
     "where trap": "Make the unselected input harmless before the function: f(torch.where(ok, x, 1))",
-    "steps too long": "Divide the learning rate by 10 until the run lives, then try warm-up or normalisation; if it "
-                      "only dies later, the loss has no lower bound",
+    "steps too long": "Divide the learning rate by 10 until the run lives, or clip the gradient's norm; if it only "
+                      "dies later, the loss may have no lower bound",
     "wrong scale": "Standardise the inputs; initialise by fan-in, as Kaiming's does",
     "float16 range": "Use bfloat16 or float32 here; for gradients, a GradScaler",
     "vanished eps": "Use an eps above 6e-8, the least float16, or compute this in float32",
     "Adam's denominator": "Keep weights and Adam's state in float32, or give a larger eps (float16: 1e-4)",
     "infinite norm clipped": "Find what makes the gradient infinite: clipping can't mend it",
-    "constant normalised": "Drop the constant feature, or add an eps to its deviation",
+    "constant normalised": "Drop the constant feature or row, or add an eps to its variance",
     "exploding gradient": "Shrink the repeated weights, normalise between layers, or cut the sequence",
     "no alignment": "Give more time steps than labels and repeats, or zero_infinity=True",
     "zero times infinity": "Select with masked_fill or where; don't multiply by infinity",
@@ -223,6 +224,11 @@ _SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlo
            "Cdist")
 
 
+class _Growth(NamedTuple):
+    text: str
+    absurd: bool  # a thousandfold, to more than a thousand
+
+
 def _plain(name):
     """An operation's name without what says that it works in place or on lists."""
     return name.removeprefix("_foreach_").removesuffix("_")
@@ -234,11 +240,13 @@ def _reason(birth, given, operands, result, notes, growth):
     given      the operation's arguments by name
     operands   [(role, tensor)]
     notes      notes(tensor) is what is remembered of it
-    growth     which weight has grown, as text, or None
+    growth     how a weight has grown, or None
     """
     name, tensors = _plain(birth.operation), {role.partition("[")[0]: tensor for role, tensor in operands}
     has_nan, half = bool(result.isnan().any()), result.dtype is torch.float16
     largest = sorted((_largest(tensor) for _, tensor in operands if tensor.isfinite().all()), reverse=True)
+    if growth and growth.absurd and birth.phase != "update":  # whatever it is then that gives way first
+        return "steps too long", growth.text
     below = tensors.get(_DENOMINATORS.get(name), given.get(_DENOMINATORS.get(name)))
     below = torch.tensor(float(below)) if isinstance(below, (int, float)) else below
     exponent = torch.as_tensor(given.get("exponent", 1) if name == "pow" else 1)
@@ -295,8 +303,9 @@ def _reason(birth, given, operands, result, notes, growth):
             if half:
                 return "float16 range", f"operands up to {largest[0]:.3g} give more than 65,504, the largest float16"
             if growth or birth.phase == "update":
-                return "steps too long", growth or f"rate times gradient ({largest[0]:.2g}) is beyond all numbers"
-            if birth.phase == "backward":
+                return "steps too long", growth.text if growth else (
+                    f"rate times gradient ({largest[0]:.2g}) is beyond all numbers")
+            if birth.phase == "backward" and birth.kind:  # not in a loss, where nothing repeats
                 return "exploding gradient", f"values up to {largest[0]:.2g} are multiplied on the way back"
             if birth.step == 1:
                 return "wrong scale", f"at the first step already values up to {largest[0]:.2g} are multiplied"
@@ -333,6 +342,7 @@ class NonFiniteError(FloatingPointError):
         reached += f" in step {step}" * (step != birth.step)
         text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
+                "made of (|x|: from the smallest to the largest finite magnitude that is not 0)",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
                 "the largest magnitudes"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
@@ -455,14 +465,16 @@ class watch(TorchDispatchMode):
     net        whose names modules and weights get; None: names within whichever module is called
     from_step  nothing is looked at, and next to no time spent, before this step: for a death after many good ones
 
-    Raises `NonFiniteError`, whose text is the report, in the step in which the run dies: a loss is not finite that is
-    read (`.item()`), that `backward` is called on, or with which the block is left; or a gradient is not as a step of
-    an optimizer begins; or a weight is not after it, or after an update by hand. What is not finite and harms nobody
-    passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. An error of your own comes out
-    as it is (from Python 3.11 on with the report as a note, where a bad value was made in its step). Otherwise the run
-    is the same, bit for bit, and nothing remains of the watch when the block is left, however that happens.
+    Raises `NonFiniteError`, whose text is the report, when the run dies: when a loss that is not finite is read
+    (`.item()`), when `backward` is called on it, or when the block is left with it; when a gradient is not finite as an
+    optimizer's step begins; when a weight is not after it, or after an update by hand. What is not finite and harms
+    nobody passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. Steps count from 1.
 
-    Every operation of the thread that entered the block is looked at; of networks in other threads a warning tells.
+    An error of your own comes out as it is (from Python 3.11 on with the report as a note, where a bad value was made
+    in its step). Otherwise the run is the same, bit for bit, and nothing remains of the watch when the block is left,
+    however that happens.
+
+    Every operation of the thread that entered the block is looked at; networks in other threads get a warning.
     Networks compiled by `torch.compile` run eagerly in it. `trail` has the magnitudes so far, as `NonFiniteError` has.
 
     Raises ValueError for a bad argument, RuntimeError within another watch.
@@ -942,23 +954,32 @@ class watch(TorchDispatchMode):
         return number == node._sequence_nr() and mask.shape == result.shape and bool(mask[~result.isfinite()].all())
 
     def _growth(self, operands):
-        """How a weight among the operands, else the one that grew most, has grown; None if that explains nothing.
+        """The `_Growth` of a weight among the operands, else of the one that grew most; None if it explains nothing.
 
-        It does if it is thirtyfold, and all such growth together is within six digits of the largest operand.
+        It explains a death if it is a hundredfold, or tenfold in the last step; or if it is thirtyfold (as a bias may
+        be without harm) and all such growth together is within six digits of the largest operand.
         """
         groups = [group for optimizer in self.counts for group in optimizer.param_groups]
         moved = {id(weight) for group in groups for weight in group["params"]}
-        digits = {key: math.log10(sizes[-1][1] / sizes[0][1]) for key, sizes in self.growth.items()
-                  if (key in moved or not moved) and sizes[0][1] > 0 and sizes[-1][1] > 30 * sizes[0][1]}
+        jumped = {key for key, sizes in self.growth.items() if len(sizes) > 1 and sizes[-1][1] > 10 * sizes[-2][1] > 0}
+        ratios = {key: sizes[-1][1] / sizes[0][1] for key, sizes in self.growth.items() if sizes[0][1] > 0 and (
+            key in moved or not moved) and (sizes[-1][1] > 30 * sizes[0][1] or key in jumped)}
         largest = max((_largest(tensor) for _, tensor in operands), default=0.0)
-        if not digits or not math.isfinite(largest) or sum(digits.values()) + 6 < math.log10(max(largest, 1.0)):
+        strong = {key for key, ratio in ratios.items()
+                  if (ratio > 100 or key in jumped) and self.names[key][1].dim() > 1}
+        if not math.isfinite(largest) or not (strong or sum(map(math.log10, ratios.values())) + 6 >= math.log10(
+                max(largest, 1.0))) or not ratios:
             return None
         names = {self._name(tensor, states=False) for _, tensor in operands}
-        key = max(digits, key=lambda key: (self.names[key][0] in names, digits[key]))
+        key = max(ratios, key=lambda key: (self.names[key][0] in names, key in strong, ratios[key]))
         sizes = self.growth[key]
         first, last = next(step for step, size in sizes if size > 2 * sizes[0][1]), sizes[-1][0]
         steps = f"in steps {first} to {last}" if last > first else f"in step {first}"
-        return f"{self.names[key][0]} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} {steps}"
+        text = f"{self.names[key][0]} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} {steps}"
+        start = max((size for step, phase, _, _, size in self.trail if (step, phase) == (1, "forward")), default=0.0)
+        if start > 1e6:
+            text += f" (and at step 1 the outputs were up to {start:.2g} already: a wrong scale of weights or inputs)"
+        return _Growth(text, ratios[key] > 1e3 and sizes[-1][1] > 1e3)
 
     def _death(self, origin, reached):
         trail = self.trail
