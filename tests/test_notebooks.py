@@ -381,6 +381,22 @@ def test_the_training_cell_of_04_run_twice_starts_again(tmp_path):
     assert process.returncode == 0, output
 
 
+PEAK = "import resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="memory is used and counted otherwise")
+@pytest.mark.parametrize("name", ["01_architecture", "02_data_iterator"])  # the quick ones of them
+def test_a_notebook_needs_no_more_memory_than_the_readme_says(name, tmp_path):
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", 4)
+    notebook.cells.append(nbformat.v4.new_code_cell(PEAK))
+    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    results_of(papermill(tmp_path / name, tmp_path), tmp_path)
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"\(notebooks/(\w+)\.ipynb\).*\| ([\d.]+) GB \|$", readme, re.MULTILINE))
+    assert list(told) == [path.stem for path in CHAPTERS]
+    assert float(nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text) < float(told[name]) + 0.1 < 2.1
+
+
 TINY_MAP = {"image_size": 67, "images": 2, "steps": 3, "grid_size": 3, "dataset": "FashionMNIST"}
 
 
