@@ -1,6 +1,21 @@
-"""`pytest -m quick`: the tests of the helpers and of the project's files but for the slow ones, under a minute."""
+"""`pytest -m quick`: the tests of the helpers and of the project's files but for the slow ones, under a minute.
+
+`--precision float32` or `--precision bfloat16` makes that the one which "auto" finds, whatever the processor is.
+"""
 
 import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--precision", choices=["float32", "bfloat16"], help="what precision 'auto' finds in this process")
+
+
+@pytest.fixture(autouse=True)
+def forced_precision(request, monkeypatch):
+    if precision := request.config.getoption("--precision"):
+        features = {"cpu_name": "AMD", "avx512_bf16": precision == "bfloat16"}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -294,6 +294,16 @@ def test_the_readmes_table_of_speed_is_the_recorded_one():
         assert machine["threads"] == 2 and machine["precision"] == "float32"
 
 
+@pytest.mark.slow
+def test_the_unit_tests_hold_in_the_precision_that_auto_does_not_find_here():
+    here = helpers.find_precision(torch.device("cpu"))
+    other = "float32" if here == torch.bfloat16 else "bfloat16"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "quick", "--precision", other, "-p", "no:nbval",
+                           "-p", "no:cacheprovider", "-o", "addopts=", HERE / "tests/test_helpers.py"],
+                          capture_output=True, text=True, cwd=HERE, timeout=600)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+
+
 def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", HERE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
