@@ -82,6 +82,15 @@ class Evidence(NamedTuple):
         return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {', '.join(counts)}{first}".rstrip()
 
 
+def _first_places(bad):
+    """The first three places where `bad` is true; nonzero would make a list of all of them, eight times the tensor."""
+    left, places = bad.flatten().byte(), []
+    while len(places) < 3 and left.any():
+        left[first := int(left.argmax())] = 0  # the first of equals
+        places.append(tuple(int(index) for index in torch.unravel_index(torch.tensor(first), bad.shape)))
+    return places
+
+
 def _weigh(name, tensor):
     """The `Evidence` of a tensor."""
     values = tensor.detach()
@@ -89,11 +98,13 @@ def _weigh(name, tensor):
     values = values.float() if values.element_size() == 1 else values
     sizes, finite = values.abs(), values.isfinite()
     tiny = torch.finfo(tensor.dtype).tiny if tensor.is_floating_point() else 0
-    some = sizes[finite & (sizes > 0)]
-    smallest, largest = (x.item() for x in some.aminmax()) if some.numel() else (math.nan, math.nan)
+    some = finite & (sizes > 0)  # a mask, and no selection by it: that takes eight times the tensor's memory
+    smallest, largest = math.nan, math.nan
+    if some.any():
+        smallest, largest = sizes.where(some, math.inf).min().item(), sizes.where(some, 0).max().item()
     return Evidence(name, tuple(tensor.shape), tensor.dtype, str(tensor.device), smallest, largest,
                     int(values.isnan().sum()), int(values.isinf().sum()), int((values == 0).sum()),
-                    int((some < tiny).sum()), [tuple(place) for place in (~finite).nonzero()[:3].tolist()])
+                    int((some & (sizes < tiny)).sum()), _first_places(~finite))
 
 
 def _largest(tensor):
