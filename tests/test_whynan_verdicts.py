@@ -37,7 +37,7 @@ def linear():
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes before")
 @pytest.mark.parametrize("guard", [
     lambda net, loss: math.isfinite(float(loss.detach().numpy())) or 1 / 0,
-    lambda net, loss: torch.distributions.Categorical(logits=loss.detach().expand(3).clone()),
+    lambda net, loss: torch.distributions.Categorical(logits=loss.detach().expand(3), validate_args=True),
     lambda net, loss: torch.multinomial(loss.detach().expand(3), 1)])
 def test_an_error_of_the_owners_own_guard_comes_out_as_it_is_with_the_report_as_a_note(guard):
     net, X = linear()
