@@ -114,7 +114,6 @@ class Parameters(BaseModel):
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
     sweep: _NewFile = ""
-    second_sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""
 
@@ -297,7 +296,7 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
             mean_and_std = pixels.mean().item(), pixels.std().item()
         count = wanted or len(data)
         # Spread evenly: two groups of people wrote MNIST's digits. In the test set one has the first half, the other
-        # the second; in the training set they seem to take turns (notebook 7), and an even step would meet only one.
+        # the second; in the training set they seem to take turns (notebook 8), and an even step would meet only one.
         chosen = torch.linspace(0, len(data) - 1, count).round().long() if train else (
             torch.arange(count) * len(data) // count)
         iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,
