@@ -113,6 +113,7 @@ class Parameters(BaseModel):
     steps: int = Field(10, ge=3, le=100_000, description="a whole number from 3 to 100000")
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
+    patient: str = Field("all", description="'all' or a name in PATIENTS of notebook 7")
     sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""
