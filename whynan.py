@@ -79,7 +79,7 @@ class Evidence(NamedTuple):
         counts = [f"{count:,} of {total:,} {kind}" for kind, count in
                   (("NaN", self.nan), ("inf", self.inf), ("zero", self.zero), ("subnormal", self.subnormal)) if count]
         places = ", ".join(str(place).replace(" ", "") for place in self.places)
-        first = f", the first at {places}" if places else ""
+        first = f", the first at {places}" if places and self.shape else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {', '.join(counts)}{first}".rstrip()
 
