@@ -4,6 +4,7 @@ nbval, by the settings in pyproject.toml, runs their cells with the defaults; he
 """
 
 import ast
+import collections
 import functools
 import itertools
 import json
@@ -673,13 +674,13 @@ def walk(losses, birth=None, expected=1.0, last=None):
         stays = max(losses) < 1.1 * losses[0] and min(losses) > 0.9 * losses[0]
         return "No", "It stays where it began" if stays else "It climbs, and comes back" if (
             max(losses) > 1.5 * losses[0] and losses[-1] < losses[0]) else "It falls"
-    made_of = [*birth.operands, *([birth.result] if birth.result else [])]
-    sizes = [e.largest for e in made_of if not math.isnan(e.largest)]
+    shown = [*birth.operands, *([birth.result] if birth.result else [])]
+    sizes = [e.largest for e in birth.operands if not math.isnan(e.largest)]
     steps = {step: max(size for s, phase, *_, size in birth.trail if (s, phase) == (step, "update"))
              for step in {s for s, phase, *_ in birth.trail if phase == "update"}}
     grown = bool(steps) and steps[max(steps)] > 10 * steps[min(steps)]
     answers = ["Yes", "Yes" if birth.phase == "data" else "No"]
-    for answer in (any(e.dtype is torch.float16 for e in made_of), max(sizes, default=0) > 1e10,
+    for answer in (any(e.dtype is torch.float16 for e in shown), max(sizes, default=0) > 1e10,
                    not losses[0] < 1000 * expected, grown, (last or birth.step) > 100):
         if tuple(answers) in dict(leaves()):
             break
@@ -695,8 +696,9 @@ LEAVES = {  # a part of the leaf: the verdicts of births that end there
 LEAVES["The patients"] = set(whynan.VERDICTS) - set.union(*LEAVES.values()) | {"constant normalised"}
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_every_path_of_the_tree_is_walked_by_cases_and_ends_where_their_verdicts_belong(clinic):
-    tree, walked = dict(leaves()), {}
+    tree, ends = dict(leaves()), {}
     deaths = {name: (case.run(cured=False), functools.partial(case.run, cured=False)) for name, case in DEATHS.items()}
     deaths |= {name: (clinic.run(getattr(clinic, name)), functools.partial(clinic.run, getattr(clinic, name)))
                for name in PATIENTS}
@@ -706,13 +708,18 @@ def test_every_path_of_the_tree_is_walked_by_cases_and_ends_where_their_verdicts
         expected = {"regression_lr": 100.0, "lbfgs_closure": 200.0}.get(name, 10.0)  # the mean of y²
         leaf = tree[walk(losses, caught.value, expected)]
         assert any(part in leaf and caught.value.verdict in verdicts for part, verdicts in LEAVES.items()), (name, leaf)
-        walked[leaf] = name
+        ends[name] = leaf
     fixed = json.loads((HERE / "results/04_mnist_200.json").read_text())["history"]["loss"]
     for losses, part in ((clinic.run(clinic.stuck), "Stuck"), (fixed, "notebook 5"), (fixed[100:], "notebook 6")):
         leaf = tree[walk(losses)]
         assert part in leaf
-        walked[leaf] = part
-    assert set(walked) == set(tree.values()) and len(tree) == 10
+        ends[part] = leaf
+    assert set(ends.values()) == set(tree.values()) and len(tree) == 10
+    at_the_edge = sum("The patients" in leaf for name, leaf in ends.items() if name in DEATHS)
+    assert f"{at_the_edge} of the {len(DEATHS)} that this project collected" in prose_of(CLINIC, "[Solutions]")
+    patients = collections.Counter(leaf for name, leaf in ends.items() if name in clinic.PATIENTS)
+    assert "The patients" in patients.most_common(1)[0][0] and "more patients end there than at any other" in prose_of(
+        CLINIC, "## The procedure")
 
 
 def test_a_patient_that_is_not_there_is_refused_with_the_names_of_those_that_are(tmp_path, clinic):
