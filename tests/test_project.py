@@ -173,7 +173,7 @@ def test_recorded_runs_are_whole():
             rows = [row for part in found["benchmark"].values() for row in part]
             assert all(row.get("rate", row.get("gigabytes")) > 0 for row in rows)
             assert found["parameters"]["repeats"] >= 5 and found["parameters"]["batch_size"] == 100
-        elif name.startswith("07"):  # its lines say which rate; it notes the clock before each step, and at the end
+        elif name.startswith("08"):  # its lines say which rate; it notes the clock before each step, and at the end
             assert all(unit["images"] > 0 and len(unit["seconds"]) == len(unit["loss"]) + 1 > 1
                        for unit in found["units"]) and found["settings"]["image_size"] == 244
         elif "deaths" in found:
