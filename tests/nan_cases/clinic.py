@@ -4,7 +4,7 @@ from . import Death
 
 PATIENTS = {name: Death(None, *truth, source="notebooks/07_clinic.ipynb") for name, truth in {
     # step, phase, module, operation, line, verdict
-    "bad_row": (1, "data", "", "", "np.genfromtxt(io.StringIO(FILE)", "bad data"),
+    "bad_row": (1, "data", "", "", "np.genfromtxt(FILE", "bad data"),
     "own_log": (7, "loss", "", "log", "torch.log(1 - prob)", "log of zero"),
     "constant_column": (1, "data", "", "div", "pixels[:6000].std(0)", "constant normalised"),
     "root_at_zero": (9, "backward", "", "div", ".square().sum(1).sqrt()", "infinite slope"),
