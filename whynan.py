@@ -336,6 +336,8 @@ class NonFiniteError(FloatingPointError):
     line       `Line` of the user's file; in the backward phase of the forward call; None if there is none
     verdict    a key of VERDICTS
     operands, result   `Evidence` of each tensor
+    rank       of the process, where torch.distributed runs; else None. Other ranks get only what this one hands them:
+               the report to read is that of the rank with a birth
     trail      [(step, phase, module, tensor, largest magnitude)] of this step and up to 50 before; tensor is
                "output", "gradient", "gradient of weight", …, or the name of a weight after the update
     """
@@ -351,7 +353,11 @@ class NonFiniteError(FloatingPointError):
         how = f"is born: {birth.operation}" if birth.operation else "enters"
         then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
         reached += f" in step {step}" * (step != birth.step)
-        text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
+        self.rank = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank = torch.distributed.get_rank()
+        rank = "" if self.rank is None else f"rank {self.rank}: "
+        text = [f"{rank}{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 "made of (|x|: from the smallest to the largest finite magnitude that is not 0)",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
