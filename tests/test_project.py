@@ -236,6 +236,8 @@ def test_figures_of_the_speedrun_are_those_of_its_records():
     for images in (4000, 7000):
         accuracy, taken = told["chosen", images]
         assert f"{accuracy:.2%} of the test images right after {images:,} training images and {taken:.0f} s" in README
+    (first, soon), (second, later) = (told["zen4", images] for images in (4000, 7000))
+    assert f"in bfloat16, {first:.2%} in {soon:.0f} s and {second:.2%} in {later:.0f} s" in README
     assert {(unit["images"], unit["seed"]): (f"{unit['test_accuracy']:.4f}", f"{unit['seconds'][-1]:.0f}")
             for unit in record("08_mnist_zen4")["units"]} == {
         (4000, 0): ("0.9903", "73"), (4000, 1): ("0.9874", "70"), (4000, 2): ("0.9902", "75"),
@@ -331,21 +333,21 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     assert f"the first loss is {large} instead of {usual}" in text
 
 
-def speed_table():
-    """The table under "How fast is it?", from the records."""
+def speed_table(precision, name, memory):
+    """One of the tables under "How fast is it?", from the records."""
     def told(rate):
         return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
-    parts = record("benchmark")["benchmark"]
-    rows = ["| two cores, float32 | the article's code | this series | ratio | the machine's roof |",
+    parts = record(name)["benchmark"]
+    rows = [f"| two cores, {precision} | the article's code | this series | ratio | the machine's roof |",
             "|---|---|---|---|---|"]
-    for part, title in (("training", "training in batches of 100, images a second"),
-                        ("data", "data iterator, images a second"), ("evaluation", "testing, images a second")):
+    for part, title in (("training", "training in batches of 100, images per second"),
+                        ("data", "data iterator, images per second"), ("evaluation", "testing, images per second")):
         rates = {row["what"].split(":")[0]: row["rate"] for row in parts[part]}
         first, ours = parts[part][0]["rate"], rates[next(what for what in rates if what.startswith("helpers."))]
         roof = f"{told(rates['roof'])}; {ours / rates['roof']:.0%} reached" if "roof" in rates else ""
         rows.append(f"| {title} | {told(first)} | {told(ours)} | {ours / first:.2f} | {roof} |")
-    first, ours = (row["gigabytes"] for row in record("benchmark_memory")["benchmark"]["memory"])
+    first, ours = (row["gigabytes"] for row in record(memory)["benchmark"]["memory"])
     return [*rows, f"| peak memory of training, GB | {first:.2f} | {ours:.2f} | {ours / first:.2f} | |"]
 
 
@@ -388,11 +390,12 @@ def test_what_bends_the_rate_is_told_from_the_records():
     assert f"{min(ratios):.1f} to {max(ratios):.1f} times as high" in text
 
 
-def test_the_readmes_table_of_speed_is_the_recorded_one():
-    assert "\n".join(speed_table()) in README
-    for name in ("benchmark", "benchmark_memory"):
-        machine = record(name)["environment"]
-        assert machine["threads"] == 2 and machine["precision"] == "float32"
+@pytest.mark.parametrize(("precision", "name", "memory"), [("float32", "benchmark", "benchmark_memory"),
+                                                            ("bfloat16", "benchmark_zen4", "benchmark_zen4")])
+def test_the_readmes_tables_of_speed_are_the_recorded_ones(precision, name, memory):
+    assert "\n".join(speed_table(precision, name, memory)) in README
+    for machine in (record(name)["environment"], record(memory)["environment"]):
+        assert machine["threads"] == 2 and machine["precision"] == precision
 
 
 @pytest.mark.slow
