@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -160,7 +161,7 @@ def _ranks():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, ranks = next(distributed.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else a group that is started again may find its dead one's names
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else a group started again may find the dead one's addresses
             store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         # NCCL for what lies on CUDA, gloo for what lies on the CPU
         distributed.init_process_group(store=store, rank=rank, world_size=ranks)
@@ -845,9 +846,8 @@ class Sweep:
 
 @contextlib.contextmanager
 def _dask(scheduler):
-    """A function (run, unit) that lets a worker of this Dask scheduler call run(**unit), and returns what it returns."""
-    import dask  # seconds to import
-    from distributed import Client
+    """A function (run, unit) that has a worker of this Dask scheduler call run(**unit), and returns what it returns."""
+    from distributed import Client  # a second to import
     from distributed.protocol import pickle
 
     def call(run, unit):
@@ -856,14 +856,14 @@ def _dask(scheduler):
                 sent[run] = client.submit(pickle.loads, pickle.dumps(run))
         return client.submit(_alone, sent[run], unit).result()
 
+    try:
+        client = Client(scheduler, timeout=5, set_as_default=False)
+    except (OSError, ValueError):
+        raise _refuse("scheduler", scheduler, _SCHEDULER) from None
     lock, sent = threading.Lock(), {}
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "10 GB"}):
-        try:
-            client = Client(scheduler, timeout=5, set_as_default=False)
-        except (OSError, ValueError):
-            raise _refuse("scheduler", scheduler, _SCHEDULER) from None
-        with client:
-            yield call
+    warnings.filterwarnings("ignore", "Sending large graph")
+    with client:
+        yield call
 
 
 _one_at_a_time = threading.Lock()
