@@ -20,6 +20,7 @@ import gzip
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import platform
@@ -852,9 +853,9 @@ def _dask(scheduler):
 
     def call(run, unit):
         with lock:
-            if run not in sent:  # once, however many units: it may hold a network
-                sent[run] = client.submit(pickle.loads, pickle.dumps(run))
-        return client.submit(_alone, sent[run], unit).result()
+            if run not in sent:  # once, as it may hold a network; and pickled: the scheduler has no torch
+                sent[run] = client.submit(pickle.loads, pickle.dumps(functools.partial(_alone, run)))
+        return client.submit(operator.methodcaller("__call__", unit), sent[run]).result()
 
     try:
         client = Client(scheduler, timeout=5, set_as_default=False)

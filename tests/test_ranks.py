@@ -186,7 +186,7 @@ def cluster(tmp_path):
 def test_a_sweep_on_dask_workers_loses_nothing_and_keeps_nothing_twice_though_one_is_killed(cluster, tmp_path):
     address, (first, _) = cluster
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
-    process = sweeping(shared, address, 0.3, 0.1, 1, 10)
+    process, in_turn = sweeping(shared, address, 0.3, 0.1, 1, 10), sweeping(alone, "", 0, 0.1, 1, 10)
     while len(units_of(shared)) < 3:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -195,8 +195,8 @@ def test_a_sweep_on_dask_workers_loses_nothing_and_keeps_nothing_twice_though_on
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "12/12" in output and "Warning" not in output, output
 
-    process = sweeping(alone, "", 0, 0.1, 1, 10)
-    assert process.wait(timeout=60) == 0, process.communicate()[0]
+    output, _ = in_turn.communicate(timeout=60)
+    assert in_turn.returncode == 0, output
     in_order = [sorted(units_of(path), key=lambda unit: (unit["lr"], unit["seed"])) for path in (alone, shared)]
     assert len(in_order[0]) == 12 and in_order[0] == in_order[1]
     assert json.loads(alone.read_text())["settings"] == json.loads(shared.read_text())["settings"]
