@@ -776,7 +776,7 @@ def save_results(path, results):
     Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity". Raises ValueError for a bad path.
     """
     path = check_parameters(results_path=str(path)).results_path
-    if path:
+    if path and not _ranks()[0]:
         text = to_json({**results, "environment": environment()}, indent=1, inf_nan_mode="strings")
         with _replacing(path) as file:
             file.write_bytes(text + b"\n")
