@@ -160,7 +160,7 @@ def _ranks():
         return 0, 1
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         store, rank, ranks = next(distributed.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else a group started again may find the dead one's addresses
             store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
