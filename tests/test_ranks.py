@@ -73,7 +73,7 @@ def spread(tmp_path_factory):
     for ranks in (2, 4):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         (folder / "train.py").write_text(SCRIPT)
-        output, _ = torchrun(ranks, folder / "train.py").communicate(timeout=120)
+        output, _ = torchrun(ranks, folder / "train.py").communicate(timeout=300)
         assert (folder / "result").exists(), output
         found[ranks] = json.loads((folder / "result").read_text()), output
     return found
@@ -118,7 +118,7 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(spread
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
     os.kill(int((tmp_path / "pid2").read_text()), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "exitcode: -9" in output, output
     assert output.count("rank 0 ended") == 1, "it was over before it could be killed"
     found = json.loads((tmp_path / "result").read_text())
@@ -194,10 +194,10 @@ def test_a_sweep_on_dask_workers_loses_nothing_and_keeps_nothing_twice_though_on
         time.sleep(0.02)
     assert len(units_of(shared)) < 8, "too late to kill one in the middle"
     first.kill()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "12/12" in output and "Warning" not in output, output
 
-    output, _ = in_turn.communicate(timeout=60)
+    output, _ = in_turn.communicate(timeout=300)
     assert in_turn.returncode == 0, output
     in_order = [sorted(units_of(path), key=lambda unit: (unit["lr"], unit["seed"])) for path in (alone, shared)]
     assert len(in_order[0]) == 12 and in_order[0] == in_order[1]

@@ -50,7 +50,7 @@ cd "$top"
 small=() tests=() sizes=()
 if ! "$own" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA here: small sizes on the CPU"
-    small=(-p image_size 67) tests=(-k "evaluation or exp or sweep")
+    small=(-p image_size 67) tests=(-k "evaluation or exp or sweep or loss")
     sizes=(--repeats 1 --steps 1 --batch-size 5 --image-size 67 --workers 1 --data-batches 2 --test-images 10
            --batch-sizes 2 3 --image-sizes 67)
 fi
@@ -78,6 +78,6 @@ done
 wait
 # alone, since it measures
 part benchmark "$own" tests/benchmarks/benchmark.py "${sizes[@]}" --json "$out/benchmark.json"
-{ echo "{"; paste -sd, "$out"/*.status; echo "}"; } > "$out/summary.json"
+{ echo "{"; cat "$out"/*.status | paste -sd,; echo "}"; } > "$out/summary.json"
 rm -f "$out"/*.status
 ! grep -Eq '"exit_status": [1-9]' "$out/summary.json"
