@@ -25,7 +25,7 @@ from helpers import HERE, History
 README = (HERE / "README.md").read_text(encoding="utf-8")
 # Used without an import: run by name, or as a pytest or Jupyter plugin.
 BY_NAME = {"jupyterlab": "jupyter lab", "papermill": "papermill ", "ipykernel": "python3", "nbval": "--nbval",
-           "ruff": "ruff"}
+           "ruff": "ruff", "pytest-xdist": "--numprocesses"}
 IMPORT_NAMES = {"PyYAML": "yaml"}
 
 
@@ -290,8 +290,8 @@ def test_figures_of_the_speedrun_are_those_of_its_records():
     third, second, first = sorted(parts.pop("batches of 25"))
     assert (f"{100 * second:.0f} {100 * first:.0f} {100 * third:.0f}" == "8 11 1"
             and "missed by eight and eleven points with two seeds, and by one with the third" in text)
-    some = [parts.pop("quiet last layer"), parts.pop("BatchNorm, rate × 3")]
-    assert all(0.009 < lost < 0.025 for lost in sum(some, [])) and "worth one or two points with each seed" in text
+    some = parts.pop("quiet last layer") + parts.pop("BatchNorm, rate × 3")
+    assert all(0.009 < lost < 0.025 for lost in some) and "worth one or two points with each seed" in text
     whole = [unit["held_out"] for unit in runs("08_mnist_parts", chosen, 3000)]
     assert f"the three seeds of the whole recipe by {100 * (max(whole) - min(whole)):.1f} points" in text
     assert all(abs(statistics.fmean(lost)) < 0.007 for lost in parts.values()) and len(parts) == 5
