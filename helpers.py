@@ -124,6 +124,7 @@ class Parameters(BaseModel):
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
     scheduler: str = Field("", pattern=r"^$|^\w+://.+", description=_SCHEDULER)
+    patient: str = Field("all", description="'all' or a name in PATIENTS of notebook 7")
     sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""

@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import sysconfig
+import textwrap
 import threading
 import warnings
 from typing import NamedTuple
@@ -77,7 +78,8 @@ class Evidence(NamedTuple):
         span = "" if math.isnan(self.largest) else f"|x| {self.smallest:.3g} to {self.largest:.3g}"
         counts = [f"{count:,} of {total:,} {kind}" for kind, count in
                   (("NaN", self.nan), ("inf", self.inf), ("zero", self.zero), ("subnormal", self.subnormal)) if count]
-        first = f", the first at {', '.join(map(str, self.places))}" if self.places else ""
+        places = ", ".join(str(place).replace(" ", "") for place in self.places)
+        first = f", the first at {places}" if places and self.shape else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {', '.join(counts)}{first}".rstrip()
 
@@ -328,6 +330,13 @@ def _reason(birth, given, operands, result, notes, growth):
 
 
 # --------------------------------------------------------------------------------------------------- report
+def _fold(line):
+    """A line of the report in as many as a page of 100 columns needs; words, and the spaces within, stay whole."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.fill(line, 100, subsequent_indent=indent, replace_whitespace=False, break_long_words=False,
+                         break_on_hyphens=False)
+
+
 class NonFiniteError(FloatingPointError):
     """The NaN or inf that a run died of, from its birth on. The text is the report; these are its parts:
 
@@ -373,7 +382,7 @@ class NonFiniteError(FloatingPointError):
                     parts.append(f"{phase} {size:.3g}" + f" in {where}" * bool(where))
             if parts:
                 text.append(f"    step {step}: " + ", ".join(parts))
-        super().__init__("\n".join(text))
+        super().__init__("\n".join(map(_fold, text)))
 
     def __reduce__(self):  # to be copied, or sent by another process
         return FloatingPointError.__new__, (NonFiniteError, str(self)), vars(self)
