@@ -533,6 +533,8 @@ class _LiveFigure:
         start = time.monotonic()
         if not self.wanted or start - self.drawn < (self.pause if seconds_between is None else seconds_between):
             return
+        if not self.drawn:
+            plt.switch_backend(plt.get_backend())  # or a kernel's first figure is shown as its name only
         figure = Figure(figsize=(9, 3))  # not pyplot's: Jupyter would keep each, 3 MB, until the cell ends
         history.plot(figure.subplots(1, 2), run=self.run)
         alt = {"image/png": {"alt": "Live curves of the run: the loss, and the accuracy, of each step's batch."}}

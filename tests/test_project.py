@@ -316,6 +316,9 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
             f"a hundred of a hundred, where the network really misses {round(1e4 * (1 - whole['test_accuracy']))} of "
             "10,000") in text
 
+    top = max(whole["history"]["loss"])
+    assert whole["history"]["loss"].index(top) == 3 and f"the loss jumps to {top:.0f} within four steps" in text
+
     tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
     assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
 
