@@ -164,6 +164,10 @@ def _called_from(file):
     return frame is not None
 
 
+def _has_ranks():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _line(place):
     """The `Line` of (code, line number)."""
     code, number = place
@@ -345,6 +349,7 @@ class NonFiniteError(FloatingPointError):
     line       `Line` of the user's file; in the backward phase of the forward call; None if there is none
     verdict    a key of VERDICTS
     operands, result   `Evidence` of each tensor
+    rank       of the process, where torch.distributed runs, else None
     trail      [(step, phase, module, tensor, largest magnitude)] of this step and up to 50 before; tensor is
                "output", "gradient", "gradient of weight", …, or the name of a weight after the update
     """
@@ -360,7 +365,9 @@ class NonFiniteError(FloatingPointError):
         how = f"is born: {birth.operation}" if birth.operation else "enters"
         then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
         reached += f" in step {step}" * (step != birth.step)
-        text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
+        self.rank = torch.distributed.get_rank() if _has_ranks() else None
+        rank = "" if self.rank is None else f"rank {self.rank}: "
+        text = [f"{rank}{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 "made of (|x|: from the smallest to the largest finite magnitude that is not 0)",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
@@ -903,16 +910,18 @@ class watch(TorchDispatchMode):
                 how = "mask"
         self.looking = before
         bad = f"{evidence.nan + evidence.inf:,} of {tensor.numel():,} values of {weight or f'what comes as {role}'}"
-        reason = "bad weight" if weight else "bad data", f"{bad} are not finite before any operation"
+        reason, phase = ("bad weight" if weight else "bad data", f"{bad} are not finite before any operation"), "data"
+        if _has_ranks() and (self.in_backward or role == "gradient"):  # no operation has made it, so what joins ranks
+            phase, reason = "backward", ("unknown", "another rank's gradient, it seems: read that rank's report")
         call = self.calls[-1] if weight and self.calls and self.calls[-1][1] is not None else None
-        origin = self._new(how, value, "data", None, call, result=evidence, reason=reason)
+        origin = self._new(how, value, phase, None, call, result=evidence, reason=reason)
         self.bad.put(tensor, origin)
         return origin
 
     def _new(self, how, value, phase, node, call, **known):
         self.origins += 1
         step = self.step + (phase in ("data", "loss") and self.after_backward and not self.counts)
-        name = node.name() if phase == "backward" else ""
+        name = node.name() if phase == "backward" and node else ""
         return Origin(how, value, self.origins, step, phase, *self._made(node, call), name, **known)
 
     def _origin(self, operation, named, result, node, call, copy, phase):
