@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import OrderedDict
 from typing import Annotated, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 import torchvision
 from filelock import FileLock
 from IPython import display, get_ipython
+from matplotlib.figure import Figure
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json, to_jsonable_python
 from torch import distributed, nn
@@ -114,7 +116,6 @@ class Parameters(BaseModel):
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
     sweep: _NewFile = ""
-    second_sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""
 
@@ -154,9 +155,8 @@ def find_device():
 def find_precision(device, precision="auto"):
     """The dtype to multiply in: for "auto" bfloat16 where the hardware is faster with it, else float32.
 
-    A processor without bfloat16 instructions emulates them, and is much slower than with float32. Having them is not
-    enough: AMD's AVX-512 multiplies twice as fast with them; Intel's needs AMX beside it, and is slower than with
-    float32 without (results/benchmark_xeon.json).
+    Having bfloat16 instructions is not enough: AMD's AVX-512 multiplies twice as fast with them, Intel's is slower than
+    with float32 (results/benchmark_xeon.json) unless AMX stands beside it.
     """
     if precision != "auto":
         return getattr(torch, check_parameters(precision=precision).precision)
@@ -297,7 +297,7 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
             mean_and_std = pixels.mean().item(), pixels.std().item()
         count = wanted or len(data)
         # Spread evenly: two groups of people wrote MNIST's digits. In the test set one has the first half, the other
-        # the second; in the training set they seem to take turns (notebook 7), and an even step would meet only one.
+        # the second; in the training set they seem to take turns (notebook 8), and an even step would meet only one.
         chosen = torch.linspace(0, len(data) - 1, count).round().long() if train else (
             torch.arange(count) * len(data) // count)
         iterators.append(ImageIterator(data.data[chosen], data.targets[chosen], p.batch_size, image_size, train,
@@ -310,16 +310,11 @@ class LeNet(nn.Sequential):
     """LeNet-5's layout with sigmoids: (batch, 1, 28, 28) to logits (batch, 10). LeCun et al. 1998, figure 2."""
 
     def __init__(self):
-        super().__init__()
-        for name, layer in {
-            "conv1": nn.Conv2d(1, 6, 5, padding=2), "sigmoid1": nn.Sigmoid(), "pool1": nn.AvgPool2d(2, 2),
-            "conv2": nn.Conv2d(6, 16, 5), "sigmoid2": nn.Sigmoid(), "pool2": nn.AvgPool2d(2, 2),
-            "flatten": nn.Flatten(),
-            "fc1": nn.Linear(400, 120), "sigmoid3": nn.Sigmoid(),
-            "fc2": nn.Linear(120, 84), "sigmoid4": nn.Sigmoid(),
-            "fc3": nn.Linear(84, 10),
-        }.items():
-            self.add_module(name, layer)
+        super().__init__(OrderedDict(
+            conv1=nn.Conv2d(1, 6, 5, padding=2), sigmoid1=nn.Sigmoid(), pool1=nn.AvgPool2d(2, 2),
+            conv2=nn.Conv2d(6, 16, 5), sigmoid2=nn.Sigmoid(), pool2=nn.AvgPool2d(2, 2), flatten=nn.Flatten(),
+            fc1=nn.Linear(400, 120), sigmoid3=nn.Sigmoid(), fc2=nn.Linear(120, 84), sigmoid4=nn.Sigmoid(),
+            fc3=nn.Linear(84, 10)))
 
 
 class AlexNet(nn.Sequential):
@@ -332,24 +327,19 @@ class AlexNet(nn.Sequential):
 
     def __init__(self, image_size=244, num_classes=10, all_relus=False, dropout=0.0):
         p = check_parameters(image_size=image_size, all_relus=all_relus)
-        super().__init__()
         side = p.image_size
         for kernel, stride in ((11, 4), (3, 2), (3, 2), (3, 2)):  # conv1 and the pools; the rest keeps the size
             side = (side - kernel) // stride + 1
-        dropouts = [nn.Dropout(dropout) if dropout else None for _ in range(2)]
-        for name, layer in {
-            "conv1": nn.Conv2d(1, 96, 11, stride=4), "relu1": nn.ReLU(), "pool1": nn.MaxPool2d(3, 2),
-            "conv2": nn.Conv2d(96, 256, 5, padding=2), "relu2": nn.ReLU(), "pool2": nn.MaxPool2d(3, 2),
-            "conv3": nn.Conv2d(256, 384, 3, padding=1), "relu3": nn.ReLU() if p.all_relus else None,
-            "conv4": nn.Conv2d(384, 384, 3, padding=1), "relu4": nn.ReLU() if p.all_relus else None,
-            "conv5": nn.Conv2d(384, 256, 3, padding=1), "relu5": nn.ReLU(), "pool3": nn.MaxPool2d(3, 2),
-            "flatten": nn.Flatten(),
-            "dropout1": dropouts[0], "fc1": nn.Linear(256 * side * side, 4096), "relu6": nn.ReLU(),
-            "dropout2": dropouts[1], "fc2": nn.Linear(4096, 4096), "relu7": nn.ReLU(),
-            "fc3": nn.Linear(4096, num_classes),
-        }.items():
-            if layer is not None:
-                self.add_module(name, layer)
+        layers = OrderedDict(
+            conv1=nn.Conv2d(1, 96, 11, stride=4), relu1=nn.ReLU(), pool1=nn.MaxPool2d(3, 2),
+            conv2=nn.Conv2d(96, 256, 5, padding=2), relu2=nn.ReLU(), pool2=nn.MaxPool2d(3, 2),
+            conv3=nn.Conv2d(256, 384, 3, padding=1), relu3=nn.ReLU() if p.all_relus else None,
+            conv4=nn.Conv2d(384, 384, 3, padding=1), relu4=nn.ReLU() if p.all_relus else None,
+            conv5=nn.Conv2d(384, 256, 3, padding=1), relu5=nn.ReLU(), pool3=nn.MaxPool2d(3, 2), flatten=nn.Flatten(),
+            dropout1=nn.Dropout(dropout) if dropout else None, fc1=nn.Linear(256 * side * side, 4096), relu6=nn.ReLU(),
+            dropout2=nn.Dropout(dropout) if dropout else None, fc2=nn.Linear(4096, 4096), relu7=nn.ReLU(),
+            fc3=nn.Linear(4096, num_classes))
+        super().__init__(OrderedDict((name, layer) for name, layer in layers.items() if layer is not None))
 
 
 def init_weights(net, scheme):
@@ -363,18 +353,13 @@ def init_weights(net, scheme):
     Draws from torch's global generator: call torch.manual_seed before. Raises ValueError.
     """
     scheme = check_parameters(init=scheme).init
+    fill = {"normal": nn.init.normal_, "kaiming": nn.init.kaiming_normal_,
+            "krizhevsky": functools.partial(nn.init.normal_, std=0.01)}
     for name, layer in net.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            continue
-        if scheme == "normal":
-            nn.init.normal_(layer.weight)
-        elif scheme == "kaiming":
-            nn.init.kaiming_normal_(layer.weight)
-        elif scheme == "default":
-            layer.reset_parameters()
-        else:
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            fill[scheme](layer.weight) if scheme in fill else layer.reset_parameters()
+            if scheme == "krizhevsky":
+                nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
     return net
 
 
@@ -385,20 +370,15 @@ def add_norms(net, kind="batch"):
     channels and pixels. A layer keeps its place and its name, and becomes the pair (layer, normalisation).
     Raises ValueError for another kind.
     """
-    kinds = {"batch": (nn.BatchNorm2d, nn.BatchNorm1d), "layer": (_layer_norm, _layer_norm)}
-    if kind not in kinds:
+    if kind not in ("batch", "layer"):
         raise _refuse("kind", kind, "'batch' or 'layer'")
-    of_maps, of_rows = kinds[kind]
     for name, layer in list(net.named_children())[:-1]:
-        if isinstance(layer, nn.Conv2d):
-            setattr(net, name, nn.Sequential(layer, of_maps(layer.out_channels)))
-        elif isinstance(layer, nn.Linear):
-            setattr(net, name, nn.Sequential(layer, of_rows(layer.out_features)))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            batch_norm = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
+            width = len(layer.weight)
+            # torch's LayerNorm wants the size of the map; one group is the same without
+            setattr(net, name, nn.Sequential(layer, batch_norm(width) if kind == "batch" else nn.GroupNorm(1, width)))
     return net
-
-
-def _layer_norm(channels):
-    return nn.GroupNorm(1, channels)  # torch's LayerNorm wants the size of the map
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -516,31 +496,23 @@ def _replacing(path):
 
 
 class _LiveFigure:
-    """Redraws a History in place while it grows, where there is a notebook to show it.
-
-    One figure for the whole run: until a cell ends, Jupyter's backend keeps each figure that the cell made, 3 MB.
-    """
+    """Shows a History while it grows, in one place of the notebook; nothing where there is none."""
 
     def __init__(self, wanted, run):
-        self.run, self.axes, self.drawn, self.pause = run, None, 0.0, 3.0
-        self.wanted = wanted and hasattr(get_ipython(), "kernel")
+        self.wanted, self.run, self.drawn, self.pause = wanted and hasattr(get_ipython(), "kernel"), run, 0.0, 3.0
 
     def update(self, history, seconds_between=None):
         """Draws, if the last drawing is so many seconds ago; None: so many that drawing takes 1/20 of the time."""
         start = time.monotonic()
         if not self.wanted or start - self.drawn < (self.pause if seconds_between is None else seconds_between):
             return
-        if first := self.axes is None:
-            figure, self.axes = plt.subplots(1, 2, figsize=(9, 3))
-            plt.close(figure)  # or the end of the cell would show it once more
-        for axis in self.axes:
-            axis.clear()
-        figure = history.plot(self.axes, run=self.run)[0].figure
+        figure = Figure(figsize=(9, 3))  # not pyplot's: Jupyter would keep each, 3 MB, until the cell ends
+        history.plot(figure.subplots(1, 2), run=self.run)
         alt = {"image/png": {"alt": "Live curves of the run: the loss, and the accuracy, of each step's batch."}}
-        if first:
-            self.handle = display.display(figure, display_id=True, metadata=alt)
-        else:
+        if self.drawn:
             self.handle.update(figure, metadata=alt)
+        else:
+            self.handle = display.display(figure, display_id=True, metadata=alt)
         self.drawn = time.monotonic()
         self.pause = max(3.0, 20 * (self.drawn - start))
 

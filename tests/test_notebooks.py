@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import HERE, AlexNet, Parameters, Sweep, train
+import helpers
+from helpers import HERE, AlexNet, Parameters, Sweep
 
 FOLDER = HERE / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("*.ipynb"))
@@ -204,8 +205,8 @@ def test_networks_side_by_side_are_the_same_as_one_by_one(chapter_5):
             for layer, w in zip(net[1::2], weights, strict=True):
                 layer.weight.copy_(w[at].T)
         batch = [(X[at, ..., None, None], targets[at].argmax(1))]
-        alone = train(net, batch, None, 6, lr[at].item(), log_every=None, progress=False, live=False,
-                          precision="float32", stop_at_nonfinite=False).loss
+        alone = helpers.train(net, batch, None, 6, lr[at].item(), log_every=None, progress=False, live=False,
+                              precision="float32", stop_at_nonfinite=False).loss
         assert found[at].tolist() == pytest.approx(alone, rel=1e-3)
 
 
@@ -261,26 +262,40 @@ def test_the_bisected_critical_rate_of_a_quadratic_is_two_over_lambda(chapter_5,
 
 
 @pytest.fixture(scope="module")
-def chapter_7():
-    drawn = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    return functions_of("07_speedrun", p=Parameters(image_size=131), HELD_OUT=5000, DRAWN=drawn, MIDDLE_SHARE=0.9,
+def chapter_8():
+    learn, judge = torch.randperm(60_000, generator=torch.Generator().manual_seed(0)).split([55_000, 5000])
+    return functions_of("08_speedrun", p=Parameters(image_size=131), LEARN=learn, JUDGE=judge, MIDDLE_SHARE=0.9,
                         MARGIN=32)
 
 
+@pytest.fixture(scope="module")
+def speedrun_source(chapter_8):
+    return chapter_8.load_data(image_size=131)[0]
+
+
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 240), st.integers(2, 60), st.integers(0, 2**32 - 1), st.sampled_from([0, 5]), st.booleans())
-def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, more, batch_size, seed, shift, drawn):
+@given(st.integers(0, 240), st.integers(2, 60), st.integers(0, 2**32 - 1), st.booleans())
+def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_8, speedrun_source, more, batch_size, seed,
+                                                                   middle):
     images = batch_size + more  # the notebook refuses fewer images than a batch
-    data = chapter_7.OnePass(images, batch_size, seed, middle=True, shift=shift, drawn=drawn)
+    order = chapter_8.images_of(speedrun_source, images, seed)
+    data = chapter_8.OnePass(speedrun_source, order, batch_size, chapter_8.MARGIN if middle else 0)
     batches = list(data)
-    assert len(batches) == len(data) == len(data.seconds) == images // batch_size
+    assert len(order) == images and len(batches) == len(data) == len(data.seconds) == images // batch_size
     chosen = torch.cat(data.batches)
-    held_out = set(data.places[-5000:].tolist())
+    assert torch.equal(chosen, order[:len(chosen)])
+    held_out = set(chapter_8.JUDGE.tolist())
     assert len(set(chosen.tolist())) == len(chosen) and held_out.isdisjoint(chosen.tolist())
-    assert len(held_out) == 5000 and (held_out == set(range(55_000, 60_000))) is not drawn
+    assert len(held_out) == 5000 and held_out != set(range(55_000, 60_000))
+    assert all(torch.equal(y, speedrun_source.labels[part]) for (_, y), part in zip(batches, data.batches, strict=True))
     sides = [X.shape[-1] for X, _ in batches]
     assert all(len(X) == len(y) == batch_size for X, y in batches)
-    assert sides == [67 if number < 0.9 * len(data) else 131 for number in range(len(data))]
+    assert sides == [67 if middle and number < 0.9 * len(data) else 131 for number in range(len(data))]
+
+
+def test_all_images_but_those_held_out_where_a_speedrun_takes_all(chapter_8):
+    everything = torch.cat([chapter_8.images_of(None, 0, 3), chapter_8.JUDGE])
+    assert torch.equal(everything.sort().values, torch.arange(60_000))
 
 
 @settings(max_examples=30, deadline=None)
@@ -288,7 +303,7 @@ def test_a_speedrun_sees_each_image_once_and_none_that_is_held_out(chapter_7, mo
 def test_a_speedrun_opens_the_test_set_only_where_the_mean_of_those_that_choose_is_enough(right):
     numbers, choosers, record = (4, 7, 14), (11, 12), Sweep()
     judged = dict(zip(itertools.product(numbers, choosers), right, strict=True))
-    chapter = functions_of("07_speedrun", p=Parameters(seeds=2), GOALS=(0.98, 0.99))
+    chapter = functions_of("08_speedrun", p=Parameters(seeds=2), GOALS=(0.98, 0.99))
     for unit in chapter.to_the_goals(record, "last", numbers, choosers):
         # as evaluate gives it, a share in float32
         record(lambda images, seed, **_: {"held_out": (torch.tensor(judged.get((images, seed), 0)) / 5000).item()},
@@ -301,21 +316,21 @@ def test_a_speedrun_opens_the_test_set_only_where_the_mean_of_those_that_choose_
     assert tried == [place for place in judged if not enough[1] or place[0] <= enough[1]]
 
 
-def chosen_by(chapter_7, losses, order, images, share):
+def chosen_by(chapter_8, losses, order, images, share):
     """What `choose` takes of `order` if a small network's losses, in the order of the file, are these."""
     source = types.SimpleNamespace(images=losses, labels=losses)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(chapter_7.choose.__globals__, "ask_small_network",
+        patch.setitem(chapter_8.choose.__globals__, "ask_small_network",
                       lambda images, labels, seed: (None, types.SimpleNamespace(losses=images)))
-        return chapter_7.choose(source, order, images, share, 0)
+        return chapter_8.choose(source, order, images, share, 0)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 50), st.integers(0, 60), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_7, images, more, share, seed):
+def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_8, images, more, share, seed):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:images + more]
     losses = torch.rand(200)
-    chosen = chosen_by(chapter_7, losses, order, images, share).tolist()
+    chosen = chosen_by(chapter_8, losses, order, images, share).tolist()
     assert len(set(chosen)) == len(chosen) == images
     places = [order.tolist().index(image) for image in chosen]
     assert places == sorted(places)
@@ -324,16 +339,16 @@ def test_chosen_images_are_the_hardest_and_others_in_the_order_given(chapter_7, 
 
 
 @pytest.mark.parametrize("images", [0, 60, 70])
-def test_no_image_is_chosen_twice_where_all_are_wanted(chapter_7, images):
+def test_no_image_is_chosen_twice_where_all_are_wanted(chapter_8, images):
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(chosen_by(chapter_7, torch.rand(60), order, images, 0.8), order)
+    assert torch.equal(chosen_by(chapter_8, torch.rand(60), order, images, 0.8), order)
 
 
-def test_a_small_network_finds_wrong_labels_hard(chapter_7):
-    source = chapter_7.load_data(train_images=6000)[0]
+def test_a_small_network_finds_wrong_labels_hard(chapter_8):
+    source = chapter_8.load_data(train_images=6000)[0]
     labels = source.labels.clone()
     labels[::100] = (labels[::100] + 1) % 10
-    losses = chapter_7.ask_small_network(source.images, labels, 0)[1].losses
+    losses = chapter_8.ask_small_network(source.images, labels, 0)[1].losses
     assert losses.shape == (6000,)
     assert losses[::100].median() > 20 * losses.median() and (losses[::100] > losses.median()).float().mean() > 0.9
 
@@ -354,8 +369,8 @@ def test_the_middle_and_the_whole_agree_where_no_padding_reaches():
     assert torch.allclose(maps(X)[..., 4:-4, 4:-4], maps(X[..., 32:-32, 32:-32]), atol=1e-5)
 
 
-def test_the_outer_ring_starts_without_a_say(chapter_7):
-    net = chapter_7.build(0, middle=True)
+def test_the_outer_ring_starts_without_a_say(chapter_8):
+    net = chapter_8.build(0, middle=True)
     scores, ring = nn.Sequential(*list(net)[-6:]), net.pool3[1]
     maps = torch.rand(2, 256, 3, 3)
     changed = maps.clone()
@@ -366,19 +381,65 @@ def test_the_outer_ring_starts_without_a_say(chapter_7):
 
 
 @given(st.integers(1, 3000))
-def test_the_rate_rises_then_falls_and_is_never_0(chapter_7, steps):
+def test_the_rate_rises_then_falls_and_is_never_0(chapter_8, steps):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    schedule = chapter_7.warm_up_then_down(optimizer, steps)
+    schedule = chapter_8.warm_up_then_down(optimizer, steps)
     rates = [schedule.lr_lambdas[0](step) for step in range(steps)]
     top = rates.index(max(rates))
     assert rates[top] == 1 and all(0 < rate <= 1 for rate in rates)
     assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
 
 
-def test_the_running_accuracy_is_that_of_the_last_images(chapter_7):
+def test_the_running_accuracy_is_that_of_the_last_images(chapter_8):
     unit = {"images": 100, "accuracy": [0.0] * 5 + [1.0] * 5, "seconds": list(range(11))}
-    found = chapter_7.running_accuracy(unit, window=20)
+    found = chapter_8.running_accuracy(unit, window=20)
     assert found[0] == (20, 2, 0) and found[4] == (60, 6, 0.5) and found[-1] == (100, 10, 1)
+
+
+def test_a_level_that_is_not_reached_is_reached_never(chapter_8):
+    unit = {"images": 1000, "accuracy": [0.0] * 50 + [1.0] * 50, "seconds": list(range(101))}
+    assert [chapter_8.first_above(unit, level) for level in (0.5, 1)] == ["750", "1000"]
+    assert chapter_8.first_above(unit | {"accuracy": [0.0] * 100}, 0.5) == "never"
+
+
+# ------------------------------------------------------------------------------ what notebooks 6 and 8 both call
+@pytest.mark.parametrize(("kind", "norms"), [("batch", (nn.BatchNorm2d, nn.BatchNorm1d)),
+                                             ("layer", (nn.GroupNorm, nn.GroupNorm))])
+def test_norms_stand_behind_each_layer_but_the_last_and_change_no_weight(kind, norms):
+    torch.manual_seed(0)
+    plain = AlexNet(67)
+    torch.manual_seed(0)
+    net = helpers.add_norms(AlexNet(67), kind)
+    assert [name for name, _ in net.named_children()] == [name for name, _ in plain.named_children()]
+    for (name, layer), treated in zip(plain.named_children(), net.children(), strict=True):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and name != "fc3":
+            inner, norm = treated
+            assert torch.equal(inner.weight, layer.weight) and isinstance(norm, norms[isinstance(layer, nn.Linear)])
+        else:
+            assert type(treated) is type(layer)
+    assert net(torch.rand(2, 1, 67, 67)).shape == (2, 10)
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match=r"^kind = 'group' is not allowed; kind is 'batch' or 'layer'"):
+        helpers.add_norms(AlexNet(67), "group")
+
+
+def test_a_sweep_without_a_file_shows_the_record_and_writes_nothing(tmp_path, capsys):
+    recorded = HERE / "results" / "06_mnist.json"
+    before = recorded.read_bytes()
+    settings = json.loads(before)["settings"]
+    shown = helpers.open_sweep("", "06_mnist", settings)
+    assert shown.units == json.loads(before)["units"] and "06_mnist.json: cpu" in capsys.readouterr().out
+    shown(lambda **_: {"loss": [1.0]}, remedy="none")
+    assert recorded.read_bytes() == before
+    for name, other in (("06_mnist", settings | {"steps": 7}), ("99_none", settings)):
+        assert not helpers.open_sweep("", name, other).units
+        assert f"{name}.json: no record for these parameters" in capsys.readouterr().out
+    mine = helpers.open_sweep(tmp_path / "mine.json", "06_mnist", settings)
+    assert not mine.units and not capsys.readouterr().out
+    mine(lambda **_: {"loss": [1.0]}, remedy="none")
+    assert helpers.open_sweep(tmp_path / "mine.json", "06_mnist", settings).units == mine.units
 
 
 # ------------------------------------------------------------------------------------------------ as programs
@@ -529,7 +590,7 @@ def test_06_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.parametrize(("notebook", "parameters"), [
     ("02_data_iterator", {}), ("06_remedies", {"steps": 3, "test_images": 20}),
-    ("07_speedrun", {"image_size": 131, "batch_size": 20, "train_images": 100, "test_images": 20}),
+    ("08_speedrun", {"image_size": 131, "batch_size": 20, "train_images": 100, "test_images": 20}),
     ("04_fixed_lr", {"num_epochs": 0.01, "test_images": 100})])
 def test_fashion_mnist(notebook, parameters, tmp_path):
     process = papermill(notebook, tmp_path, cwd=FOLDER, dataset="FashionMNIST", **SMALL | parameters)

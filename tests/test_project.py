@@ -173,7 +173,7 @@ def test_recorded_runs_are_whole():
             rows = [row for part in found["benchmark"].values() for row in part]
             assert all(row.get("rate", row.get("gigabytes")) > 0 for row in rows)
             assert found["parameters"]["repeats"] >= 5 and found["parameters"]["batch_size"] == 100
-        elif name.startswith("07"):  # its lines say which rate; it notes the clock before each step, and at the end
+        elif name.startswith("08"):  # its lines say which rate; it notes the clock before each step, and at the end
             assert all(unit["images"] > 0 and len(unit["seconds"]) == len(unit["loss"]) + 1 > 1
                        for unit in found["units"]) and found["settings"]["image_size"] == 244
         elif "deaths" in found:
@@ -185,8 +185,9 @@ def test_recorded_runs_are_whole():
             assert history.rows[-1].step == len(history.loss)
         assert {"device", "precision", "threads", "torch", "commit"} <= set(found["environment"])
         assert re.search(rf"`{name}\.json`.*results/{name}\.json", RECORDS), "its command"
-    assert {"04_mnist", "04_mnist_200", "04_fashionmnist", "05_mnist", "06_mnist", "07_mnist", "07_mnist_chosen",
-            "benchmark", "benchmark_memory", "benchmark_memory_kept", "benchmark_xeon"} <= set(names)
+    assert {"04_mnist", "04_mnist_200", "04_fashionmnist", "05_mnist", "06_mnist", "08_mnist", "08_mnist_chosen",
+            "08_mnist_parts", "08_mnist_zen4", "benchmark", "benchmark_memory", "benchmark_memory_kept",
+            "benchmark_xeon", "benchmark_zen4"} <= set(names)
 
 
 def prose(name):
@@ -209,6 +210,96 @@ def test_figures_quoted_in_prose_are_those_of_the_network_and_of_the_output():
     assert "more than five powers of ten below the map's lowest" in prose("05_stability_map")
 
 
+def runs(name, line, images, **which):
+    return [unit for unit in record(name)["units"]
+            if {"line": line, "images": images, **which}.items() <= unit.items()]
+
+
+def mean(units, key):
+    return statistics.fmean(unit[key] for unit in units)
+
+
+def seconds(units):
+    return statistics.fmean(unit["seconds"][-1] for unit in units)
+
+
+def test_figures_of_the_speedrun_are_those_of_its_records():
+    text, chosen, at_random = prose("08_speedrun"), "+ images chosen", "+ the middle first"
+    tested = {(name, images): runs(f"08_mnist_{name}", chosen, images, tested=True)
+              for name in ("chosen", "zen4") for images in (4000, 7000)}
+    told = {place: (mean(units, "test_accuracy"), seconds(units)) for place, units in tested.items()}
+    for name, words in (("chosen", "In float32, on an Intel Xeon, that is {:.4f} of the test set in {:.0f} s and "),
+                        ("zen4", "in bfloat16, on an AMD EPYC, {:.4f} in {:.0f} s and ")):
+        assert (words + "{:.4f} in {:.0f} s").format(*told[name, 4000], *told[name, 7000]) in text
+    assert all(unit["test_accuracy"] >= 0.98 + (images == 7000) / 100 for (_, images), units in tested.items()
+               for unit in units) and "for each seed" in text
+    for images in (4000, 7000):
+        accuracy, taken = told["chosen", images]
+        assert f"{accuracy:.2%} of the test images right after {images:,} training images and {taken:.0f} s" in README
+    (first, soon), (second, later) = (told["zen4", images] for images in (4000, 7000))
+    assert f"in bfloat16, {first:.2%} in {soon:.0f} s and {second:.2%} in {later:.0f} s" in README
+    assert {(unit["images"], unit["seed"]): (f"{unit['test_accuracy']:.4f}", f"{unit['seconds'][-1]:.0f}")
+            for unit in record("08_mnist_zen4")["units"]} == {
+        (4000, 0): ("0.9903", "73"), (4000, 1): ("0.9874", "70"), (4000, 2): ("0.9902", "75"),
+        (7000, 0): ("0.9919", "109"), (7000, 1): ("0.9916", "111"), (7000, 2): ("0.9925", "117")}
+
+    by_choice = [round(5000 * unit["held_out"]) for unit in runs("08_mnist_chosen", chosen, 7000)
+                 if "tested" not in unit]
+    assert by_choice == [4950, 4950]
+    assert "both runs that chose are right on 4,950 of the 5,000: exactly the goal" in text
+    same = {images: images * told["chosen", images][1] / (told["chosen", images][1] - statistics.fmean(
+        unit["seconds"][0] for unit in tested["chosen", images])) for images in (4000, 7000)}
+    random = {images: mean(runs("08_mnist", at_random, images, tested=True), "test_accuracy")
+              for images in (5000, 7000)}
+    drawn = {unit["images"]: unit["held_out"] for unit in record("08_mnist")["units"]
+             if unit.get("drawn") and "tested" not in unit}
+    assert (f"At 98% that is {same[4000]:,.0f}, in float32; with 5,000 at random three runs come to "
+            f"{random[5000]:.4f}") in text
+    assert (f"At 99% it is {same[7000]:,.0f}; with 7,000 three runs come to {random[7000]:.4f}, and one with 10,000 to "
+            f"{drawn[10_000]:.4f} of the held-out images, where the chosen 7,000 have "
+            f"{mean(tested['chosen', 7000], 'held_out'):.4f}") in text
+    assert random[5000] < 0.98 and random[7000] < 0.99 and same[4000] < 5000 and same[7000] < 10_000
+    assert f"{7000 / same[4000]:.1f} times the seconds to 98%" in text
+    assert round(5000 * (0.99 - drawn[30_000])) == 1 and "miss 99% by one held-out image in 5,000" in text
+    assert f"would take {30_000 / same[7000]:.1f} times" in text
+    article, = runs("08_mnist_chosen", "the article's fixed run", 3000)
+    first = next(row for row in record("04_mnist")["history"]["rows"] if row["test_accuracy"] >= 0.98)
+    factor = 100 * first["step"] * article["seconds"][-1] / 3000 / told["chosen", 4000][1]
+    assert f"{factor:.0f} times, to 98%: but that compares us with a rate that never falls" in text
+    assert max(unit["test_accuracy"] or 0 for unit in record("06_mnist")["units"]) < 0.95
+    mild = runs("08_mnist", at_random, 5000, tested=True)
+    assert (f"{mean(mild, 'held_out'):.4f} of the held-out images were right, and {random[5000]:.4f} of the test set"
+            ) in text
+    looks = [unit for name in ("08_mnist", "08_mnist_chosen", "08_mnist_zen4") for unit in record(name)["units"]
+             if "test_accuracy" in unit]
+    assert len(looks) == 18 and "Eighteen finished networks" in text
+    for line in ("half of them hard", chosen, "all of them hard"):
+        for seed in range(3):
+            (with_choice,), (without,) = (runs("08_mnist_chosen", which, 3000, seed=seed)
+                                          for which in (line, "+ memory kept"))
+            assert with_choice["held_out"] > without["held_out"]
+    assert (runs("08_mnist_chosen", "+ memory kept", 3000, seed=0)[0]["loss"]
+            == runs("08_mnist_chosen", at_random, 3000, seed=0)[0]["loss"]), "where memory lies changes no bit"
+    parts = {unit["line"].removeprefix("without "): [] for unit in record("08_mnist_parts")["units"]}
+    for unit in record("08_mnist_parts")["units"]:
+        whole, = runs("08_mnist_parts", chosen, 3000, seed=unit["seed"])
+        parts[unit["line"].removeprefix("without ")].append(whole["held_out"] - unit["held_out"])
+    assert sorted(map(len, parts.values())) == [1] * 3 + [2] * 6 and "two seeds for six lines, one for three" in text
+    carry = [lost for part in ("batches of 25", "Adam", "warm-up, then down to 0") for lost in parts.pop(part)]
+    assert 0.07 < min(carry) and max(carry) < 0.11 and "seven to eleven points are gone, whichever the seed" in text
+    some = [statistics.fmean(parts.pop(part)) for part in ("quiet last layer", "BatchNorm, rate × 3", "images chosen")]
+    assert all(0.01 < lost < 0.02 for lost in some) and "the choice are worth one or two points" in text
+    halves = [unit["held_out"] for unit in runs("08_mnist_parts", chosen, 3000)]
+    assert f"the {100 * (max(halves) - min(halves)):.1f} between the two seeds of the whole recipe" in text
+    assert max(parts.pop("the missing ReLUs") + parts.pop("normalised pixels")) < 0.007 and [*parts] == [chosen]
+    line = {unit["line"]: unit for unit in record("08_mnist")["units"] if unit["images"] == 3000}
+    momentum, adam = line["SGD with momentum"], line[at_random]
+    assert f"SGD with momentum came to {momentum['held_out']:.3f} and Adam to {adam['held_out']:.3f}" in text
+    assert (f"brings −{line['+ batches of 25']['held_out'] - adam['held_out']:.3f}, which is chance, and "
+            f"{adam['seconds'][-1]:.0f} s in the place of {line['+ batches of 25']['seconds'][-1]:.0f} s") in text
+    wrong = [1 - mean(runs("08_mnist_chosen", which, 3000), "held_out") for which in ("+ memory kept", chosen)]
+    assert 0.3 < 1 - wrong[1] / wrong[0] < 0.36 and "a third of the wrong answers is gone" in text
+
 def test_figures_quoted_in_prose_are_those_of_the_records():
     places, remedies = record("05_mnist")["units"], record("06_mnist")["units"]
     fixed, whole = record("04_mnist_200"), record("04_mnist")
@@ -224,33 +315,6 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
 
     tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
     assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
-
-    drawn = {unit["images"]: unit["held_out"] for unit in record("07_mnist")["units"]
-             if unit.get("drawn") and "tested" not in unit}
-    text = prose("07_speedrun")
-    assert f"5,000 images come to {drawn[5000]:.3f}" in text
-    assert (f"with 20,000 images {drawn[20_000]:.3f} of the held-out images are right, and with 30,000 "
-            f"{drawn[30_000]:.4f}") in text
-
-    assert (f"fell from {1 - drawn[5000]:.1%} to {1 - drawn[30_000]:.1%}") in text
-    chosen = [unit for unit in record("07_mnist_chosen")["units"] if unit["line"] == "+ images chosen"]
-    right = [round(5000 * unit["held_out"]) for unit in chosen if unit["images"] == 7000 and "tested" not in unit]
-    assert right == [4950, 4950] and "right on 4,950 of the 5,000 held-out images, both of them" in text
-    assert drawn[30_000] < 0.99 and "as good on the held-out images as 30,000 drawn at random" in text
-    tested = {images: [unit for unit in chosen if unit["images"] == images and "tested" in unit]
-              for images in (4000, 7000)}
-    for images, units in tested.items():
-        accuracy, seconds = (statistics.fmean(values) for values in (
-            [unit["test_accuracy"] for unit in units], [unit["seconds"][-1] for unit in units]))
-        assert f"{accuracy:.2%} of the test images right after {images:,} training images and {seconds:.0f} s" in README
-
-    short = {unit["line"]: unit for unit in record("07_mnist_chosen")["units"]
-             if unit["images"] == 3000 and unit["seed"] == 0}
-    gone = 1 - (1 - short["+ images chosen"]["held_out"]) / (1 - short["+ memory kept"]["held_out"])
-    assert round(10 * gone) == 4 and "four of ten wrong answers are gone" in text
-    seconds_at_random = 30_000 / 3000 * short["+ the middle first"]["seconds"][-1]
-    assert round(seconds_at_random / statistics.fmean(unit["seconds"][-1] for unit in tested[7000])) == 4
-    assert "the 30,000 four times as long" in text
 
     thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
@@ -269,29 +333,69 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     assert f"the first loss is {large} instead of {usual}" in text
 
 
-def speed_table():
-    """The table under "How fast is it?", from the records."""
+def speed_table(precision, name, memory):
+    """One of the tables under "How fast is it?", from the records."""
     def told(rate):
         return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
-    parts = record("benchmark")["benchmark"]
-    rows = ["| two cores, float32 | the article's code | this series | ratio | the machine's roof |",
+    parts = record(name)["benchmark"]
+    rows = [f"| two cores, {precision} | the article's code | this series | ratio | the machine's roof |",
             "|---|---|---|---|---|"]
-    for part, title in (("training", "training in batches of 100, images a second"),
-                        ("data", "data iterator, images a second"), ("evaluation", "testing, images a second")):
+    for part, title in (("training", "training in batches of 100, images per second"),
+                        ("data", "data iterator, images per second"), ("evaluation", "testing, images per second")):
         rates = {row["what"].split(":")[0]: row["rate"] for row in parts[part]}
         first, ours = parts[part][0]["rate"], rates[next(what for what in rates if what.startswith("helpers."))]
         roof = f"{told(rates['roof'])}; {ours / rates['roof']:.0%} reached" if "roof" in rates else ""
         rows.append(f"| {title} | {told(first)} | {told(ours)} | {ours / first:.2f} | {roof} |")
-    first, ours = (row["gigabytes"] for row in record("benchmark_memory")["benchmark"]["memory"])
+    first, ours = (row["gigabytes"] for row in record(memory)["benchmark"]["memory"])
     return [*rows, f"| peak memory of training, GB | {first:.2f} | {ours:.2f} | {ours / first:.2f} | |"]
 
 
-def test_the_readmes_table_of_speed_is_the_recorded_one():
-    assert "\n".join(speed_table()) in README
-    for name in ("benchmark", "benchmark_memory"):
-        machine = record(name)["environment"]
-        assert machine["threads"] == 2 and machine["precision"] == "float32"
+def tables_of_rates():
+    """The two tables of tests/benchmarks/README.md, from the records."""
+    machines = {"AMD, float32": "benchmark", "Intel Xeon, float32": "benchmark_xeon",
+                "AMD Zen 4, bfloat16": "benchmark_zen4"}
+    rows = [f"| images per second, batches of 100 | {' | '.join(machines)} |", "|---" * (1 + len(machines)) + "|"]
+    for same in zip(*(record(name)["benchmark"]["training"] for name in machines.values()), strict=True):
+        assert len({row["what"] for row in same}) == 1
+        cells = (f"{row['rate']:.1f} ({row['least']:.0f} … {row['most']:.0f})" for row in same)
+        rows.append(f"| {same[0]['what']} | {' | '.join(cells)} |")
+    yield rows
+    columns = {"as it comes": "benchmark", "memory kept": "benchmark_memory_kept",
+               "bfloat16, as it comes": "benchmark_zen4"}
+    said = {"batch size": "{} images of 244 pixels", "image size": "20 images of {} pixels",
+            "threads": "20 images of 244 pixels, threads: {}"}
+    rows = [f"| GFLOP per second | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for same in zip(*(record(name)["benchmark"]["growth"] for name in columns.values()), strict=True):
+        assert len({(row["over"], row["what"]) for row in same}) == 1
+        figures = " | ".join(f"{row['gflops']:.0f}" for row in same)
+        rows.append(f"| {said[same[0]['over']].format(same[0]['what'])} | {figures} |")
+    yield rows
+
+
+def test_what_bends_the_rate_is_told_from_the_records():
+    text = (HERE / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+    for rows in tables_of_rates():
+        assert "\n".join(rows) in text
+    for name, words in (("benchmark_zen4", "made {1:.1f} images per second in bfloat16 and {0:.1f} in float32"),
+                        ("benchmark_xeon", "made {1:.1f} against {0:.1f}")):
+        assert words.format(*(row["rate"] for row in record(name)["benchmark"]["precision"])) in text
+    writing = next(row["rate"] for row in record("benchmark")["benchmark"]["data"] if "roof" in row["what"])
+    weights = sum(map(torch.numel, helpers.AlexNet().parameters()))
+    assert f"{weights:,} weights" in text and f"{4 * weights / 1e6:.0f} MB" in text
+    assert (f"writes {writing * 244**2 * 4 / 1e9:.1f} GB per second; if it reads as fast, that is "
+            f"{6 * weights / (writing * 244**2):.3f} s per step") in text
+    ratios = [ours["gflops"] / first["gflops"] for first, ours in zip(
+        record("benchmark")["benchmark"]["growth"], record("benchmark_zen4")["benchmark"]["growth"], strict=True)]
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as high" in text
+
+
+@pytest.mark.parametrize(("precision", "name", "memory"), [("float32", "benchmark", "benchmark_memory"),
+                                                            ("bfloat16", "benchmark_zen4", "benchmark_zen4")])
+def test_the_readmes_tables_of_speed_are_the_recorded_ones(precision, name, memory):
+    assert "\n".join(speed_table(precision, name, memory)) in README
+    for machine in (record(name)["environment"], record(memory)["environment"]):
+        assert machine["threads"] == 2 and machine["precision"] == precision
 
 
 @pytest.mark.slow
