@@ -558,7 +558,7 @@ def test_05_maps_fashion_mnist_too_and_keeps_finished_places(tmp_path):
     assert len(results["map"]) == 9
     assert {place["fate"] for place in results["map"]} <= {"NaN", "thrown", "asleep", "learned"}
     assert results["map"][-1]["scale"] > 2.8 and results["map"][-1]["fate"] == "NaN"
-    assert len(results["edges"]) == 10 and len(results["layers"]) == 8 and len(results["phases"]) == 4
+    assert len(results["edges"]) == 10 and len(results["layers"]) == 8 and len(results["phases"]) == 5
 
     kept = json.loads(sweep.read_text())
     lost = kept["units"].pop()
