@@ -323,6 +323,18 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     thrown = next(unit for unit in places if abs(unit.get("scale", 0) - 0.42) < 0.005 and unit.get("lr") == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
     assert f"its losses are {told}:" in prose("solutions/05_solutions")
+    text, beside = prose("05_stability_map"), record("05_mnist_67")["units"]
+    strip = [unit["loss"] for unit in beside if "thrown" in unit]
+    home = sum(float(losses[-1]) < 0.9 * math.log(3) for losses in strip)
+    assert f"Of {len(strip)} thrown runs {home} have learned after {max(map(len, strip))} steps. Two" in text
+    assert sum("NaN" in losses for losses in strip) == 2 and len(strip) - home == 3
+    edges = {unit["edge_of"]: unit["rate"] for unit in beside if "edge_of" in unit and unit["scale"] == 1}
+    lazy = next(unit for unit in beside if unit.get("phase") == "lazy")
+    assert (f"thrown far at {edges['squared error'] * lazy['kernel'][0]:.1f}/λ; with cross-entropy, which grows only "
+            f"linearly, at {edges['cross-entropy'] * lazy['sharpness'][0]:.0f}/λ") in text
+    panels = [unit for unit in beside if "panel" in unit]
+    assert 85 < sum(unit["seconds"] for unit in panels) < 96 and "took a minute and a half on one core" in text
+    assert f"These {sum(len(row) for unit in panels for row in unit['rows']):,} runs" in text
 
     def first_losses(remedy):
         return [float(unit["loss"][0]) for unit in remedies if unit["remedy"] == remedy]
