@@ -761,15 +761,16 @@ def outcome(losses, classes=10):
 
     "nan"        a loss is not finite
     "blew up"    it ended above 1.1 times the larger of its first loss and ln(classes), the loss of ignorance
-    "learned"    it ended below 0.9 ln(classes)
-    "stalled"    none of these: not better than ignorance, and not worse than at the start
+    "learned"    it ended below 0.9 times the smaller of its first loss and ln(classes)
+    "stalled"    none of these: not clearly better than ignorance and its own start, and not worse
     """
     end, ignorance = final_loss(losses), math.log(classes)
     if math.isnan(end):
         return "nan"
-    if end > 1.1 * max(float(losses[0]), ignorance):
+    first = float(losses[0])
+    if end > 1.1 * max(first, ignorance):
         return "blew up"
-    return "learned" if end < 0.9 * ignorance else "stalled"
+    return "learned" if end < 0.9 * min(first, ignorance) else "stalled"
 
 
 # ------------------------------------------------------------------------------------------------- results

@@ -421,6 +421,7 @@ def test_what_a_killed_run_left_half_written_goes_at_its_next_start(tmp_path):
     ([2.9, 1e5, 1e24, math.nan], "nan"), ([2.9, math.inf, 2.0], "nan"), ([2.9, 1e5, "NaN"], "nan"),
     ([math.nan], "nan"), ([2.9, 13, 44, 17, 8.6, 3.3, 1.0, 0.5, 0.2], "learned"),  # a catapult
     ([2.9, 2.5, 2.2, 1.9, 1.7, 1.5], "learned"), ([2.3] * 6, "stalled"), ([2.9, 2.9, 2.9], "stalled"),
+    ([2.09, 2.08, 2.08, 2.07, 2.07, 2.07], "stalled"), ([2.09, 1.9, 1.7], "learned"),  # judged by its own start too
     ([641, 514, 387, 297, 226, 166], "stalled"),  # better than at the start, and still worse than ignorance
     ([2.9, 9, 20, 55, 90, 140], "blew up"), ([2.1, 2.4, 2.6], "blew up"), ([641, 1e3, 1e4, 1e5], "blew up"),
     ([2.0, 2.0, 900, 0.5, 0.4, 0.3], "learned"), ([3.0] + [1.0] * 6 + [50.0, 1.0], "learned")])  # one spike
@@ -435,7 +436,7 @@ def test_outcome_is_one_of_four_and_only_the_end_and_the_start_count(losses, oth
     assert outcome([*losses, math.inf]) == outcome([math.nan, *losses]) == "nan"
     if len(losses) >= 5:  # the second of five is neither first nor in the last third
         assert outcome([losses[0], other, *losses[2:]]) == fate
-    assert outcome([losses[0], *losses[1:], *[2.0] * (2 * len(losses) + 1)]) == "learned"
+    assert outcome([losses[0] + 2.3, *losses[1:], *[2.0] * (2 * len(losses) + 1)]) == "learned"
 
 
 def test_a_sweep_keeps_what_is_finished_and_does_not_run_it_again(tmp_path):

@@ -178,6 +178,10 @@ def test_recorded_runs_are_whole():
                        for unit in found["units"]) and found["settings"]["image_size"] == 244
         elif "deaths" in found:
             assert found["deaths"] and found["counts"]
+        elif name.startswith("05"):  # places of a map, and what was measured beside it
+            maps = [unit for unit in found["units"] if {"scale", "lr"} <= unit.keys()]
+            assert maps and all(unit["loss"] and unit["lr"] > 0 for unit in maps) and found["settings"]["steps"]
+            assert all(unit.get("rate", 1) > 0 for unit in found["units"])
         elif "units" in found:
             assert all(unit["loss"] and unit["lr"] > 0 for unit in found["units"]) and found["settings"]["steps"]
         else:
@@ -204,8 +208,8 @@ def test_figures_quoted_in_prose_are_those_of_the_network_and_of_the_output():
 
     cells = nbformat.read(HERE / "notebooks/05_stability_map.ipynb", 4).cells
     printed = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", ()))
-    found = float(re.search(r"largest learning rate of run A: .*found (\S+)", printed)[1])
-    lowest = min(unit["lr"] for unit in record("05_mnist")["units"])
+    found = float(re.search(r"with images of 244 pixels: found (\S+)", printed)[1])
+    lowest = min(unit["lr"] for unit in record("05_mnist")["units"] if "lr" in unit)
     assert 5 <= math.log10(lowest / found) < 6
     assert "more than five powers of ten below the map's lowest" in prose("05_stability_map")
 
@@ -322,9 +326,21 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     tested = [f"{row['test_accuracy']:.3f}" for row in record("04_fashionmnist")["history"]["rows"]]
     assert "{}, then {}, then {}.".format(*tested) in prose("04_fixed_lr")
 
-    thrown = next(unit for unit in places if abs(unit["scale"] - 0.42) < 0.005 and unit["lr"] == 0.1)["loss"]
+    thrown = next(unit for unit in places if abs(unit.get("scale", 0) - 0.42) < 0.005 and unit.get("lr") == 0.1)["loss"]
     told = ", ".join(f"{loss:.3g}" for loss in thrown[:-1]) + f" and {thrown[-1]:.3g}"
     assert f"its losses are {told}:" in prose("solutions/05_solutions")
+    text, beside = prose("05_stability_map"), record("05_mnist_67")["units"]
+    strip = [unit["loss"] for unit in beside if "thrown" in unit]
+    home = sum(float(losses[-1]) < 0.9 * math.log(3) for losses in strip)
+    assert f"Of {len(strip)} thrown runs {home} have learned after {max(map(len, strip))} steps. Two" in text
+    assert sum("NaN" in losses for losses in strip) == 2 and len(strip) - home == 3
+    edges = {unit["edge_of"]: unit["rate"] for unit in beside if "edge_of" in unit and unit["scale"] == 1}
+    lazy = next(unit for unit in beside if unit.get("phase") == "lazy")
+    assert (f"thrown far at {edges['squared error'] * lazy['kernel'][0]:.1f}/λ; with cross-entropy, which grows only "
+            f"linearly, at {edges['cross-entropy'] * lazy['sharpness'][0]:.0f}/λ") in text
+    panels = [unit for unit in beside if "panel" in unit]
+    assert 85 < sum(unit["seconds"] for unit in panels) < 96 and "took a minute and a half on one core" in text
+    assert f"These {sum(len(row) for unit in panels for row in unit['rows']):,} runs" in text
 
     def first_losses(remedy):
         return [float(unit["loss"][0]) for unit in remedies if unit["remedy"] == remedy]
