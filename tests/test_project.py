@@ -55,8 +55,9 @@ def imported():
 def test_everything_imported_is_listed_and_everything_listed_is_used():
     listed = {IMPORT_NAMES.get(r.name, r.name) for r in requirements()}
     # these come with one that is listed: IPython with ipykernel, pydantic_core with pydantic, packaging with pytest,
-    # numpy with torchvision; and of the last two the tests are skipped where they are not installed
-    brought_along, optional = {"IPython", "pydantic_core", "packaging", "numpy"}, {"lightning", "transformers"}
+    # numpy and PIL with torchvision; and of the last two the tests are skipped where they are not installed
+    brought_along = {"IPython", "pydantic_core", "packaging", "numpy", "PIL"}
+    optional = {"lightning", "transformers"}
     assert imported() - listed <= brought_along | optional
     assert listed - imported() <= set(BY_NAME)
     everything = "\n".join([README, (HERE / "pyproject.toml").read_text(), (HERE / "tests/test_project.py").read_text(),
