@@ -31,10 +31,23 @@ CONTENTS = """
 
 ```{toctree}
 :hidden:
-:caption: Beside it
+:caption: For a NaN of your own
 
 procedure
-notebooks/solutions/index
+whynan
+```
+
+```{toctree}
+:hidden:
+:caption: Solutions
+
+%s
+```
+
+```{toctree}
+:hidden:
+:caption: Beside it
+
 %s
 ```
 """
@@ -43,6 +56,21 @@ notebooks/solutions/index
 def as_a_terminal_shows(text):
     """The text without what a carriage return let be written over: of a progress bar its last state."""
     return re.sub(r"[^\n]*\r(?=[^\n\r])", "", re.sub(r"\r+\n", "\n", text))
+
+
+def joined(outputs):
+    """The outputs of a cell with what was printed in pieces joined, as a terminal shows it."""
+    result = []
+    for output in outputs:
+        before = result[-1] if result else {}
+        if output.output_type == before.get("output_type") == "stream" and output.name == before.name:
+            before.text += output.text
+        else:
+            result.append(output)
+    for output in result:
+        if output.output_type == "stream":
+            output.text = as_a_terminal_shows(output.text)
+    return result
 
 
 def linked(text, folder):
@@ -86,22 +114,24 @@ def gather():
             if cell.cell_type == "markdown":
                 cell.source = linked(cell.source, name.parent)
                 procedures += re.findall(r"^## (The procedure\n.*?)(?=^## |\Z)", cell.source, re.DOTALL | re.MULTILINE)
-            for output in cell.get("outputs", ()):
-                if output.output_type == "stream":
-                    output.text = as_a_terminal_shows(output.text)
+            if cell.cell_type == "code":
+                cell.outputs = joined(cell.outputs)
         write(name, nbformat.writes(notebook))
     procedure, = procedures
     write("procedure.md", "# " + re.sub(r"\]\((?!http|\.\./)", "](notebooks/", procedure).replace("](../", "]("))
-    write("notebooks/solutions/index.md",
-          "# Solutions\n\n```{toctree}\n" + "\n".join(Path(name).name for name in solutions) + "\n```\n")
+    linked("[](whynan.py)", ".")
+    write("whynan.md", "# whynan.py\n\nOne file, to be [copied](whynan.py) beside your script.\n\n"
+          "```{literalinclude} whynan.py\n```\n")
     deaths = [path.name for path in sorted((ROOT / "tests/nan_cases").glob("[!_]*.py"))]
-    write("tests/nan_cases/index.md", linked("---\norphan: true\n---\n# The deaths\n\n" + "\n".join(
-        f"- [{name}]({name})" for name in deaths), "tests/nan_cases"))
+    for folder, title, names in [("notebooks/solutions", "Solutions", [Path(name).name + ".ipynb" for name in solutions]),
+                                 ("tests/nan_cases", "The deaths", deaths)]:
+        entries = "\n".join(f"- [{name.removesuffix('.ipynb')}]({name})" for name in names)
+        write(f"{folder}/index.md", linked(f"---\norphan: true\n---\n# {title}\n\n{entries}\n", folder))
     for name in PAGES:
         write(name, linked((ROOT / name).read_text(encoding="utf-8"), Path(name).parent))
     pages = "\n".join(name.removesuffix(".md") for name in PAGES)
     write("index.md", linked((ROOT / "README.md").read_text(encoding="utf-8"), ".")
-          + CONTENTS % ("\n".join(chapters), pages))
+          + CONTENTS % ("\n".join(chapters), "\n".join(solutions), pages))
 
 
 class Page(HTMLParser):
