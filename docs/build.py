@@ -6,6 +6,7 @@ instead, `--builder linkcheck` tries the links to other hosts.
 """
 
 import argparse
+import ast
 import re
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ import nbformat
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 SOURCE, SITE = DOCS / "_build/source", DOCS / "_build/html"
-PAGES = ["results/README.md", "tests/benchmarks/README.md", "data/README.md", "CONTRIBUTING.md"]
+PAGES = ["results/README.md", "tests/benchmarks/README.md", "tests/browser/README.md", "data/README.md",
+         "CONTRIBUTING.md"]
 CONTENTS = """
 
 ```{toctree}
@@ -51,6 +53,23 @@ whynan
 %s
 ```
 """
+VERDICTS = """# What whynan says, and what cures it
+
+[`whynan.py`](whynan.py) is one file: copy it beside your script, and put your loop into `with whynan.watch(net):`.
+Where the evidence is sufficient, its report ends in one of these verdicts. [The procedure](procedure.md) is what to do
+without it.
+
+| verdict | what to do |
+|---|---|
+%s
+"""
+
+
+def verdicts():
+    """What whynan.py may say, and the cure of each, read without importing it (that would need torch)."""
+    tree = ast.parse((ROOT / "whynan.py").read_text(encoding="utf-8"))
+    value, = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "VERDICTS")
+    return ast.literal_eval(value).items()
 
 
 def as_a_terminal_shows(text):
@@ -119,12 +138,11 @@ def gather():
         write(name, nbformat.writes(notebook))
     procedure, = procedures
     write("procedure.md", "# " + re.sub(r"\]\((?!http|\.\./)", "](notebooks/", procedure).replace("](../", "]("))
-    linked("[](whynan.py)", ".")
-    write("whynan.md", "# whynan.py\n\nOne file, to be [copied](whynan.py) beside your script.\n\n"
-          "```{literalinclude} whynan.py\n```\n")
+    write("whynan.md", linked(VERDICTS % "\n".join(f"| {verdict} | {cure} |" for verdict, cure in verdicts()), "."))
     deaths = [path.name for path in sorted((ROOT / "tests/nan_cases").glob("[!_]*.py"))]
-    for folder, title, names in [("notebooks/solutions", "Solutions", [Path(name).name + ".ipynb" for name in solutions]),
-                                 ("tests/nan_cases", "The deaths", deaths)]:
+    files = [f"{Path(name).name}.ipynb" for name in solutions]
+    for folder, title, names in (("notebooks/solutions", "Solutions", files),
+                                 ("tests/nan_cases", "The deaths", deaths)):
         entries = "\n".join(f"- [{name.removesuffix('.ipynb')}]({name})" for name in names)
         write(f"{folder}/index.md", linked(f"---\norphan: true\n---\n# {title}\n\n{entries}\n", folder))
     for name in PAGES:
