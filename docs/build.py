@@ -7,6 +7,7 @@ instead, `--builder linkcheck` tries the links to other hosts.
 
 import argparse
 import ast
+import posixpath
 import re
 import shutil
 import subprocess
@@ -92,24 +93,39 @@ def joined(outputs):
     return result
 
 
-def linked(text, folder):
-    """The Markdown text with links that lead somewhere in the site: a folder has an index, the README is the first."""
+def label(page, heading):
+    """The name of a heading for all pages; from its text or from what JupyterLab and GitHub call it in a link."""
+    return re.sub(r"\W+", "-", f"{Path(page).stem} {heading}").lower()
+
+
+def linked(text, page):
+    """The Markdown of a page with links that lead somewhere in the site: a heading has a label, a folder an index, the
+    README is the first page, and what is no page the site carries as a file."""
     def target(match):
-        link = match[1]
-        if "://" in link or link.startswith("#"):
+        link, _, heading = match[1].partition("#")
+        if "://" in link:
             return match[0]
-        path = (ROOT / folder / link.split("#")[0]).resolve()
+        if heading:
+            return f"](#{label(link or page, heading)})"
+        path = (ROOT / page).parent / link
         if path.is_dir():
             link = f"{link.rstrip('/')}/index.md"
-        elif path == ROOT / "README.md":
+        elif path.resolve() == ROOT / "README.md":
             link = link.replace("README.md", "index.md")
-        elif path.is_file():
-            place = SOURCE / path.relative_to(ROOT)
-            if not place.exists():  # not a page: the site carries the file
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, place)
+        elif path.suffix not in (".md", ".ipynb"):
+            place = SOURCE / path.resolve().relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
         return f"]({link})"
-    return re.sub(r"\]\(([^)\s]+)\)", target, text)
+
+    text = re.sub(r"\]\(([^)\s]+)\)", target, text)
+    return re.sub(r"^#{2,4} (.+)$", lambda heading: f"({label(page, heading[1])})=\n{heading[0]}", text, flags=re.M)
+
+
+def moved(text, page):
+    """A section of a page as one of its own: links lead to the same places from the top folder, headings rise."""
+    text = re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", lambda link: f"]({posixpath.normpath(page.parent / link[1])})", text)
+    return re.sub(r"^\([\w-]+\)=\n|^#(?=#)", "", text, flags=re.M)
 
 
 def write(name, text):
@@ -122,7 +138,7 @@ def gather():
     """Put the sources of the site together in SOURCE."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(DOCS / "_static", SOURCE / "_static")
-    chapters, solutions, procedures = [], [], []
+    chapters, solutions = [], []
     for path in sorted((ROOT / "notebooks").rglob("*.ipynb")):
         name = path.relative_to(ROOT)
         if ".ipynb_checkpoints" in name.parts:
@@ -131,24 +147,25 @@ def gather():
         (solutions if name.parent.name == "solutions" else chapters).append(name.with_suffix("").as_posix())
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = linked(cell.source, name.parent)
-                procedures += re.findall(r"^## (The procedure\n.*?)(?=^## |\Z)", cell.source, re.DOTALL | re.MULTILINE)
+                cell.source = linked(cell.source, name)
+                if found := re.search(r"^(## The procedure\n.*?)(?=^## |\Z)", cell.source, re.DOTALL | re.MULTILINE):
+                    procedure = moved(found[1], name)  # where two notebooks have it, the later one's is the fuller
             if cell.cell_type == "code":
                 cell.outputs = joined(cell.outputs)
         write(name, nbformat.writes(notebook))
-    procedure, = procedures
-    write("procedure.md", "# " + re.sub(r"\]\((?!http|\.\./)", "](notebooks/", procedure).replace("](../", "]("))
-    write("whynan.md", linked(VERDICTS % "\n".join(f"| {verdict} | {cure} |" for verdict, cure in verdicts()), "."))
+    write("procedure.md", procedure)
+    rows = "\n".join(f"| {verdict} | {cure} |" for verdict, cure in verdicts())
+    write("whynan.md", linked(VERDICTS % rows, "whynan.md"))
     deaths = [path.name for path in sorted((ROOT / "tests/nan_cases").glob("[!_]*.py"))]
     files = [f"{Path(name).name}.ipynb" for name in solutions]
     for folder, title, names in (("notebooks/solutions", "Solutions", files),
                                  ("tests/nan_cases", "The deaths", deaths)):
         entries = "\n".join(f"- [{name.removesuffix('.ipynb')}]({name})" for name in names)
-        write(f"{folder}/index.md", linked(f"---\norphan: true\n---\n# {title}\n\n{entries}\n", folder))
+        write(f"{folder}/index.md", linked(f"---\norphan: true\n---\n# {title}\n\n{entries}\n", f"{folder}/index.md"))
     for name in PAGES:
-        write(name, linked((ROOT / name).read_text(encoding="utf-8"), Path(name).parent))
+        write(name, linked((ROOT / name).read_text(encoding="utf-8"), name))
     pages = "\n".join(name.removesuffix(".md") for name in PAGES)
-    write("index.md", linked((ROOT / "README.md").read_text(encoding="utf-8"), ".")
+    write("index.md", linked((ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
           + CONTENTS % ("\n".join(chapters), "\n".join(solutions), pages))
 
 

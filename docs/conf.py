@@ -19,7 +19,6 @@ exclude_patterns = []
 nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
-myst_heading_anchors = 3
 gettext_additional_targets = ["index"]
 locale_dirs = [str(Path(__file__).parent / "locale")]
 

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("SERIES_PYTHON", ROOT / ".venv/bin/python")  # which has the README's packages
 SITE = ROOT / "docs/_build/html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -146,6 +146,27 @@ def test_the_procedure_fits_on_paper(chromium, site):
     page.close()
 
 
+@pytest.mark.parametrize("way", ["hover", "tap"])
+def test_the_map_shows_a_curve_where_one_points(way, chromium, site):
+    """The interactive output of notebook 5 looks different for different places of the map."""
+    context = chromium.new_context(viewport={"width": 360, "height": 900} if way == "tap" else None,
+                                   has_touch=way == "tap")
+    page = context.new_page()
+    faults = watched(page)
+    page.goto(site + "notebooks/05_stability_map.html")
+    output = page.locator("main .output:has(script)")
+    if not output.count():
+        pytest.skip("notebook 5 has no interactive output")
+    output.last.scroll_into_view_if_needed()
+    box, looks = output.last.bounding_box(), set()
+    for across in range(15, int(min(box["width"], 330)), 30):
+        for down in range(15, int(min(box["height"], 330)), 30):
+            (page.touchscreen.tap if way == "tap" else page.mouse.move)(box["x"] + across, box["y"] + down)
+            looks.add(output.last.inner_html())
+    assert len(looks) >= 10 and sum("<polyline" in look or "<path" in look for look in looks) >= 10 and faults == []
+    context.close()
+
+
 def test_there_are_a_map_cards_and_a_page_for_addresses_that_are_none():
     addresses = (SITE / "sitemap.xml").read_text()
     assert all(f"/{name}</loc>" in addresses for name in PAGES if name.startswith("notebooks/0"))
