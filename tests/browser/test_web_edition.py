@@ -66,8 +66,11 @@ def test_a_page_is_whole_at_each_width(name, window, site):
     page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", PAGES)
+DARK = [name for name in PAGES if name in ("index.html", "procedure.html", "search.html")
+        or name.startswith(("notebooks/04", "notebooks/05"))]  # whose kinds of content are those of all
+
+
+@pytest.mark.parametrize(("name", "scheme"), [(name, "light") for name in PAGES] + [(name, "dark") for name in DARK])
 def test_axe_finds_no_serious_fault(name, scheme, chromium, site):
     page = chromium.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 900})
     page.goto(site + name)
@@ -163,7 +166,8 @@ def test_the_map_shows_a_curve_where_one_points(way, chromium, site):
         for down in range(15, int(min(box["height"], 330)), 30):
             (page.touchscreen.tap if way == "tap" else page.mouse.move)(box["x"] + across, box["y"] + down)
             looks.add(output.last.inner_html())
-    assert len(looks) >= 10 and sum("<polyline" in look or "<path" in look for look in looks) >= 10 and faults == []
+    assert len(looks) >= 6 and all("<polyline" in look or "<path" in look for look in looks)
+    assert faults == []
     context.close()
 
 
