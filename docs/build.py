@@ -1,8 +1,8 @@
 """Builds the web edition into docs/_build/html: `python docs/build.py`, in an environment with docs/requirements.txt.
 
 The README is its first page, the notebooks stand in it as they are saved. Warnings are errors; then each link within
-the site is followed, and nothing may come from another host. `--builder gettext` extracts the texts for a translation
-instead, `--builder linkcheck` tries the links to other hosts.
+the site is followed, and nothing may come from another host. `--builder linkcheck` tries the links to other hosts
+instead, `--builder gettext` extracts the texts for a translation, which `--language` then builds.
 """
 
 import argparse
@@ -214,12 +214,15 @@ def faults():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--builder", default="html", choices=["html", "gettext", "linkcheck"])
-    builder = parser.parse_args().builder
+    parser.add_argument("--language", default="en", help="en, or one that has its translation in docs/locale")
+    arguments = parser.parse_args()
+    builder = arguments.builder
     gather()
     goal = DOCS / "_build" / builder
     shutil.rmtree(goal, ignore_errors=True)
     built = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto", "-b", builder,
-                            "-c", DOCS, "-d", DOCS / "_build/doctrees", SOURCE, goal])
+                            "-D", f"language={arguments.language}", "-d", DOCS / "_build/doctrees" / builder,
+                            "-c", DOCS, SOURCE, goal])
     if built.returncode or builder != "html":
         return built.returncode
     found = sorted(faults())
