@@ -13,7 +13,7 @@ import pytest
 from conftest import PYTHON, ROOT
 
 SMALL = {"01_architecture": {"image_size": 67},
-         "03_failing_lr": {"image_size": 67, "batch_size": 50, "max_steps": 4},
+         "03_failing_lr": {"image_size": 67, "batch_size": 100, "max_steps": 3},
          "04_fixed_lr": {"image_size": 67, "batch_size": 20, "num_epochs": 0.04, "log_every": 60, "test_images": 100},
          "07_clinic": {"patient": "padded_row"}}
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, not those in sight
