@@ -12,6 +12,7 @@
 Shapes are written (batch, channel, height, width). A *step* is one mini-batch; steps count from 1.
 """
 
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -22,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 import platform
@@ -29,8 +31,12 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import warnings
 import zlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Annotated, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -39,6 +45,7 @@ import torch.nn.functional as F
 import torchvision
 from filelock import FileLock
 from IPython import display, get_ipython
+from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json, to_jsonable_python
@@ -104,6 +111,9 @@ _NewFile = Annotated[str, AfterValidator(_writable),
                      Field(description="'' or a file in a folder that exists and can be written")]
 
 
+_SCHEDULER = "'' or the address of a Dask scheduler that answers, as tcp://host:8786"
+
+
 class Parameters(BaseModel):
     """Every parameter of the notebooks, with what is allowed; strings are coerced."""
 
@@ -128,6 +138,8 @@ class Parameters(BaseModel):
     steps: int = Field(10, ge=3, le=100_000, description="a whole number from 3 to 100000")
     grid_size: int = Field(7, ge=2, le=100, description="a whole number from 2 to 100")
     seeds: int = Field(3, ge=1, le=100, description="a whole number from 1 to 100")
+    scheduler: str = Field("", pattern=r"^$|^\w+://.+", description=_SCHEDULER)
+    patient: str = Field("all", description="'all' or a name in PATIENTS of notebook 7")
     sweep: _NewFile = ""
     results_path: _NewFile = ""
     checkpoint: _NewFile = ""
@@ -158,19 +170,35 @@ def check_parameters(**given):
 
 
 # ------------------------------------------------------------------------------------------------- machine
+def _ranks():
+    """(rank, ranks) of this process; the first call joins it with the others that torchrun has started."""
+    if not distributed.is_available():
+        return 0, 1
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        store, rank, ranks = next(distributed.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else a group started again may find the dead one's addresses
+            store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        # NCCL for what lies on CUDA, gloo for what lies on the CPU
+        distributed.init_process_group(store=store, rank=rank, world_size=ranks)
+        atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 def find_device():
-    """The fastest device here: CUDA, then MPS, then the CPU."""
+    """The fastest device here: CUDA (each rank's own), then MPS (not with ranks: gloo can't reach it), then the CPU."""
+    _, ranks = _ranks()
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and ranks == 1 else "cpu")
 
 
 def find_precision(device, precision="auto"):
     """The dtype to multiply in: for "auto" bfloat16 where the hardware is faster with it, else float32.
 
-    A processor without bfloat16 instructions emulates them, and is much slower than with float32. Having them is not
-    enough: AMD's AVX-512 multiplies twice as fast with them; Intel's needs AMX beside it, and is slower than with
-    float32 without (results/benchmark_xeon.json).
+    Having bfloat16 instructions is not enough: AMD's AVX-512 multiplies twice as fast with them, Intel's is slower than
+    with float32 (results/benchmark_xeon.json) unless AMX stands beside it.
     """
     if precision != "auto":
         return getattr(torch, check_parameters(precision=precision).precision)
@@ -238,21 +266,17 @@ class ImageIterator:
 
     Holds the images as bytes, 28×28, and enlarges a whole batch at once; pixels lie in [0, 1] unless normalised.
     Each pass is one epoch: every image once, in an order that depends on the seed and the epoch's number alone.
-    With torch.distributed running, each rank gets its own share (of training images equally many: a few come
-    twice where the ranks don't divide their number).
+    Where ranks exist, each gets its own share of every batch (the last of an epoch may leave some ranks none).
     """
 
     def __init__(self, images, labels, batch_size, image_size, shuffle, seed, normalize, device, dataset="unnamed"):
         self.images, self.labels = images.to(device), labels.to(device)  # (n, 28, 28) uint8, (n,) int64
         self.batch_size, self.image_size, self.normalize, self.seed = batch_size, image_size, normalize, seed
         self.dataset = dataset
-        ranks = distributed.is_available() and distributed.is_initialized()
-        self.rank, self.ranks = (distributed.get_rank(), distributed.get_world_size()) if ranks else (0, 1)
-        if shuffle:
-            # It draws epoch e of seed s like epoch e - 1 of seed s + 1; far apart, no two seeds meet.
-            self.sampler = DistributedSampler(labels, self.ranks, self.rank, shuffle=True, seed=seed << 20)
-        else:  # a DistributedSampler repeats images to fill up the last share: wrong where one counts
-            self.sampler = range(self.rank, len(labels), self.ranks)
+        self.rank, self.ranks = _ranks()
+        # It draws epoch e of seed s like epoch e - 1 of seed s + 1; far apart, no two seeds meet. And it is told of no
+        # ranks: it would make other batches of them, and repeat images to fill up the last.
+        self.sampler = DistributedSampler(labels, 1, 0, seed=seed << 20) if shuffle else range(len(labels))
         self.set_epoch(0)
 
     def __repr__(self):
@@ -273,8 +297,8 @@ class ImageIterator:
         skip = self.skip
         self.set_epoch(self.epoch + 1)
         order = torch.tensor(list(self.sampler), device=self.images.device)  # at once: a GPU waits for each copy
-        for indices in order.split(self.batch_size)[skip:len(self)]:
-            yield self.take(indices)
+        for indices in order.split(self.batch_size)[skip:]:
+            yield self.take(indices.tensor_split(self.ranks)[self.rank])
 
     def take(self, indices):
         """The batch (X, y) of these images; indices int64 (batch,)."""
@@ -324,16 +348,11 @@ class LeNet(nn.Sequential):
     """LeNet-5's layout with sigmoids: (batch, 1, 28, 28) to logits (batch, 10). LeCun et al. 1998, figure 2."""
 
     def __init__(self):
-        super().__init__()
-        for name, layer in {
-            "conv1": nn.Conv2d(1, 6, 5, padding=2), "sigmoid1": nn.Sigmoid(), "pool1": nn.AvgPool2d(2, 2),
-            "conv2": nn.Conv2d(6, 16, 5), "sigmoid2": nn.Sigmoid(), "pool2": nn.AvgPool2d(2, 2),
-            "flatten": nn.Flatten(),
-            "fc1": nn.Linear(400, 120), "sigmoid3": nn.Sigmoid(),
-            "fc2": nn.Linear(120, 84), "sigmoid4": nn.Sigmoid(),
-            "fc3": nn.Linear(84, 10),
-        }.items():
-            self.add_module(name, layer)
+        super().__init__(OrderedDict(
+            conv1=nn.Conv2d(1, 6, 5, padding=2), sigmoid1=nn.Sigmoid(), pool1=nn.AvgPool2d(2, 2),
+            conv2=nn.Conv2d(6, 16, 5), sigmoid2=nn.Sigmoid(), pool2=nn.AvgPool2d(2, 2), flatten=nn.Flatten(),
+            fc1=nn.Linear(400, 120), sigmoid3=nn.Sigmoid(), fc2=nn.Linear(120, 84), sigmoid4=nn.Sigmoid(),
+            fc3=nn.Linear(84, 10)))
 
 
 class AlexNet(nn.Sequential):
@@ -346,24 +365,19 @@ class AlexNet(nn.Sequential):
 
     def __init__(self, image_size=244, num_classes=10, all_relus=False, dropout=0.0):
         p = check_parameters(image_size=image_size, all_relus=all_relus)
-        super().__init__()
         side = p.image_size
         for kernel, stride in ((11, 4), (3, 2), (3, 2), (3, 2)):  # conv1 and the pools; the rest keeps the size
             side = (side - kernel) // stride + 1
-        dropouts = [nn.Dropout(dropout) if dropout else None for _ in range(2)]
-        for name, layer in {
-            "conv1": nn.Conv2d(1, 96, 11, stride=4), "relu1": nn.ReLU(), "pool1": nn.MaxPool2d(3, 2),
-            "conv2": nn.Conv2d(96, 256, 5, padding=2), "relu2": nn.ReLU(), "pool2": nn.MaxPool2d(3, 2),
-            "conv3": nn.Conv2d(256, 384, 3, padding=1), "relu3": nn.ReLU() if p.all_relus else None,
-            "conv4": nn.Conv2d(384, 384, 3, padding=1), "relu4": nn.ReLU() if p.all_relus else None,
-            "conv5": nn.Conv2d(384, 256, 3, padding=1), "relu5": nn.ReLU(), "pool3": nn.MaxPool2d(3, 2),
-            "flatten": nn.Flatten(),
-            "dropout1": dropouts[0], "fc1": nn.Linear(256 * side * side, 4096), "relu6": nn.ReLU(),
-            "dropout2": dropouts[1], "fc2": nn.Linear(4096, 4096), "relu7": nn.ReLU(),
-            "fc3": nn.Linear(4096, num_classes),
-        }.items():
-            if layer is not None:
-                self.add_module(name, layer)
+        layers = OrderedDict(
+            conv1=nn.Conv2d(1, 96, 11, stride=4), relu1=nn.ReLU(), pool1=nn.MaxPool2d(3, 2),
+            conv2=nn.Conv2d(96, 256, 5, padding=2), relu2=nn.ReLU(), pool2=nn.MaxPool2d(3, 2),
+            conv3=nn.Conv2d(256, 384, 3, padding=1), relu3=nn.ReLU() if p.all_relus else None,
+            conv4=nn.Conv2d(384, 384, 3, padding=1), relu4=nn.ReLU() if p.all_relus else None,
+            conv5=nn.Conv2d(384, 256, 3, padding=1), relu5=nn.ReLU(), pool3=nn.MaxPool2d(3, 2), flatten=nn.Flatten(),
+            dropout1=nn.Dropout(dropout) if dropout else None, fc1=nn.Linear(256 * side * side, 4096), relu6=nn.ReLU(),
+            dropout2=nn.Dropout(dropout) if dropout else None, fc2=nn.Linear(4096, 4096), relu7=nn.ReLU(),
+            fc3=nn.Linear(4096, num_classes))
+        super().__init__(OrderedDict((name, layer) for name, layer in layers.items() if layer is not None))
 
 
 def init_weights(net, scheme):
@@ -377,18 +391,13 @@ def init_weights(net, scheme):
     Draws from torch's global generator: call torch.manual_seed before. Raises ValueError.
     """
     scheme = check_parameters(init=scheme).init
+    fill = {"normal": nn.init.normal_, "kaiming": nn.init.kaiming_normal_,
+            "krizhevsky": functools.partial(nn.init.normal_, std=0.01)}
     for name, layer in net.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            continue
-        if scheme == "normal":
-            nn.init.normal_(layer.weight)
-        elif scheme == "kaiming":
-            nn.init.kaiming_normal_(layer.weight)
-        elif scheme == "default":
-            layer.reset_parameters()
-        else:
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            fill[scheme](layer.weight) if scheme in fill else layer.reset_parameters()
+            if scheme == "krizhevsky":
+                nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
     return net
 
 
@@ -399,20 +408,15 @@ def add_norms(net, kind="batch"):
     channels and pixels. A layer keeps its place and its name, and becomes the pair (layer, normalisation).
     Raises ValueError for another kind.
     """
-    kinds = {"batch": (nn.BatchNorm2d, nn.BatchNorm1d), "layer": (_layer_norm, _layer_norm)}
-    if kind not in kinds:
+    if kind not in ("batch", "layer"):
         raise _refuse("kind", kind, "'batch' or 'layer'")
-    of_maps, of_rows = kinds[kind]
     for name, layer in list(net.named_children())[:-1]:
-        if isinstance(layer, nn.Conv2d):
-            setattr(net, name, nn.Sequential(layer, of_maps(layer.out_channels)))
-        elif isinstance(layer, nn.Linear):
-            setattr(net, name, nn.Sequential(layer, of_rows(layer.out_features)))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            batch_norm = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
+            width = len(layer.weight)
+            # torch's LayerNorm wants the size of the map; one group is the same without
+            setattr(net, name, nn.Sequential(layer, batch_norm(width) if kind == "batch" else nn.GroupNorm(1, width)))
     return net
-
-
-def _layer_norm(channels):
-    return nn.GroupNorm(1, channels)  # torch's LayerNorm wants the size of the map
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -485,33 +489,37 @@ def _autocast(device, precision):
 
 @torch.inference_mode()
 def evaluate(net, data_iter, precision="auto"):
-    """`Evaluation` of net over all of data_iter, on the device of net.
+    """`Evaluation` of net over all of data_iter, on the device of net; the same on all ranks, where these share it.
 
-    Where ranks exist, loss, accuracy and confusion are joined over them; losses and predictions are the rank's
-    own. A row of logits that is all NaN counts as class 0, the arg max that torch gives it.
+    A row of logits that is all NaN counts as class 0, the arg max that torch gives it.
     """
-    from torchmetrics import MeanMetric  # seconds to import: only for those who evaluate
-    from torchmetrics.classification import MulticlassConfusionMatrix
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # seconds to import
 
-    device, was_training = next(net.parameters()).device, net.training
+    device, was_training, batches = next(net.parameters()).device, net.training, []
     net.eval()
-    losses, predictions, labels = [], [], []
     with _autocast(device, precision):
         for X, y in data_iter:
             logits = net(X.to(device, memory_format=torch.channels_last)).float()
-            losses.append(F.cross_entropy(logits, y.to(device), reduction="none"))
-            predictions.append(logits.argmax(1))
-            labels.append(y.to(device))
+            losses = F.cross_entropy(logits, y.to(device), reduction="none")
+            batches.append((losses, logits.argmax(1), y.to(device)))
     net.train(was_training)
-    if not labels:
+    if not batches:
         raise _refuse("data_iter", data_iter, "an iterator of at least one batch")
-    losses, predictions, labels = (torch.cat(parts) for parts in (losses, predictions, labels))
-    loss, confusion = MeanMetric(nan_strategy="disable"), MulticlassConfusionMatrix(logits.shape[1])
-    loss.to(device).update(losses)  # update and compute: these join the ranks, a plain call does not
-    confusion.to(device).update(predictions, labels)
-    counts = confusion.compute().cpu()
+    if getattr(data_iter, "ranks", 1) > 1:
+        batches = [[part.cpu() for part in batch] for batch in batches]
+        batches = [share for shares in zip(*_of_all_ranks(batches), strict=True) for share in shares]
+    losses, predictions, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    counts = multiclass_confusion_matrix(predictions, labels, logits.shape[1]).cpu()
     accuracy = (counts.trace() / counts.sum()).item()
-    return Evaluation(loss.compute().item(), accuracy, counts, losses.cpu(), predictions.cpu())
+    return Evaluation(losses.mean().item(), accuracy, counts, losses.cpu(), predictions.cpu())
+
+
+def _of_all_ranks(thing):
+    """[what each rank gives], on all of them."""
+    things = [thing] * _ranks()[1]
+    if len(things) > 1:
+        distributed.all_gather_object(things, thing)
+    return things
 
 
 def _unfinished(path):
@@ -530,31 +538,23 @@ def _replacing(path):
 
 
 class _LiveFigure:
-    """Redraws a History in place while it grows, where there is a notebook to show it.
-
-    One figure for the whole run: until a cell ends, Jupyter's backend keeps each figure that the cell made, 3 MB.
-    """
+    """Shows a History while it grows, in one place of the notebook; nothing where there is none."""
 
     def __init__(self, wanted, run):
-        self.run, self.axes, self.drawn, self.pause = run, None, 0.0, 3.0
-        self.wanted = wanted and hasattr(get_ipython(), "kernel")
+        self.wanted, self.run, self.drawn, self.pause = wanted and hasattr(get_ipython(), "kernel"), run, 0.0, 3.0
 
     def update(self, history, seconds_between=None):
         """Draws, if the last drawing is so many seconds ago; None: so many that drawing takes 1/20 of the time."""
         start = time.monotonic()
         if not self.wanted or start - self.drawn < (self.pause if seconds_between is None else seconds_between):
             return
-        if first := self.axes is None:
-            figure, self.axes = plt.subplots(1, 2, figsize=(9, 3))
-            plt.close(figure)  # or the end of the cell would show it once more
-        for axis in self.axes:
-            axis.clear()
-        figure = history.plot(self.axes, run=self.run)[0].figure
+        figure = Figure(figsize=(9, 3))  # not pyplot's: Jupyter would keep each, 3 MB, until the cell ends
+        history.plot(figure.subplots(1, 2), run=self.run)
         drawn = _picture(figure, "Live curves of the run: the loss, and the accuracy, of each step's batch.")
-        if first:
-            self.handle = display.display(drawn, raw=True, display_id=True)
-        else:
+        if self.drawn:
             self.handle.update(drawn, raw=True)
+        else:
+            self.handle = display.display(drawn, raw=True, display_id=True)
         self.drawn = time.monotonic()
         self.pause = max(3.0, 20 * (self.drawn - start))
 
@@ -568,7 +568,7 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     num_epochs              may be a fraction: 0.5 is half of the batches
     optimizer, scheduler    called as optimizer(net.parameters(), lr=lr) and scheduler(optimizer); the schedule
                             moves at each step
-    loss_fn                 what is made small: loss_fn(logits, y)
+    loss_fn                 what is made small: loss_fn(logits, y), a mean over the images
     log_every               steps a logged line; a run that comes to its end has one for its last step; None: no lines
     stop_at_nonfinite       end at the first loss that is inf or NaN (else go on, as the article did); the weights
                             are then those that gave this loss
@@ -577,6 +577,10 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                             the last; a resumed run equals an uninterrupted one bit for bit on the same machine,
                             if train_iter has `set_epoch` as `load_data`'s has
     progress, live, run     progress bar; live figure in a notebook; its entry in STYLE
+
+    Started by torchrun, the processes (ranks) train one network: each takes its share of every batch that `load_data`
+    makes, and the gradient, loss and accuracy are those of the whole batch. Rank 0 alone prints, draws and saves.
+    BatchNorm normalises a whole batch on CUDA; elsewhere each rank its share, and rank 0's statistics are kept.
 
     Raises ValueError (a parameter; a checkpoint that is damaged, or of a run that differs in network, optimizer,
     schedule, lr, or the images, batches and seed of train_iter).
@@ -594,19 +598,22 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
     about = f"{net}\noptimizer {type(optimizer).__name__}, schedule {type(scheduler).__name__}, lr {p.lr}, {data}"
     saved = _Checkpoint(checkpoint, about, {"net": net, "optimizer": optimizer, "scheduler": scheduler})
+    model = _on_all_ranks(net, optimizer)
     history = saved.load()
     if history.diverged_at and stop_at_nonfinite:
         return history
 
     test = functools.partial(evaluate, net, test_iter, p.precision) if test_iter is not None else None
-    with _Beside(history, total, progress, _LiveFigure(live, run), saved, checkpoint_every, log_every, test) as beside:
+    figure = _LiveFigure(live, run)
+    with _beside(history, total, progress, figure, saved, checkpoint_every, log_every, test) as after_step:
         for X, y in _batches(train_iter, len(history.loss), total):
             # forward: the scores, and how wrong they are
             X, y = X.to(device, memory_format=torch.channels_last), y.to(device)
             with _autocast(device, p.precision):
-                logits = net(X).float()
+                logits = model(X).float()
                 loss = loss_fn(logits, y)
-            history.add(loss.item(), (logits.argmax(1) == y).float().mean().item())
+            loss, *of_the_batch = _of_the_batch(loss, logits, y)
+            history.add(*of_the_batch)
             if history.diverged_at and stop_at_nonfinite:
                 break
 
@@ -618,9 +625,44 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
                 scheduler.step()
 
             # beside it: the bar, a line, a test, a checkpoint, the figure, each when it is due
-            beside.after_step()
+            after_step()
     optimizer.zero_grad()  # the gradients take as much memory as the weights
     return history
+
+
+def _on_all_ranks(net, optimizer):
+    """What is called in the place of net: net itself, or, where ranks exist, what averages their gradients."""
+    rank, ranks = _ranks()
+    if ranks == 1:
+        return net
+    torch.manual_seed(torch.initial_seed() + rank)  # or dropout would drop the same units of each share
+    on_cuda = next(net.parameters()).is_cuda
+    if on_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    optimizer.register_step_post_hook(lambda *_: [distributed.broadcast(buffer, 0) for buffer in net.buffers()])
+    model = nn.parallel.DistributedDataParallel(net)
+    if not on_cuda:
+        model.register_comm_hook(None, _mean_of_each)
+    return model
+
+
+def _mean_of_each(_, bucket):
+    """Averages the gradient of each weight by itself. DDP joins several, and sorts them anew after the first step: in
+    another place the ranks are added in another order, and a resumed run would have other last digits."""
+    futures = [distributed.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(futures).then(lambda _: bucket.buffer().div_(distributed.get_world_size()))
+
+
+def _of_the_batch(loss, logits, y):
+    """(what to go back from, loss and accuracy of the batch); where ranks exist, of the batch that they share."""
+    right, (_, ranks) = logits.argmax(1) == y, _ranks()
+    if ranks == 1:
+        return loss, loss.item(), right.float().mean().item()
+    loss = loss * len(y) if len(y) else logits.sum()  # of no images: 0, and so are its gradients
+    sums = torch.stack([loss.detach().double(), right.sum().double(), torch.ones_like(right).sum().double()])
+    distributed.all_reduce(sums)
+    total, right, images = sums.tolist()
+    return loss * (ranks / images), total / images, right / images
 
 
 def _batches(train_iter, step, total):
@@ -635,36 +677,33 @@ def _batches(train_iter, step, total):
             yield batch
 
 
-class _Beside:
-    """What goes on beside the training: progress bar, logged lines, checkpoint, live figure."""
-
-    def __init__(self, history, total, progress, figure, saved, checkpoint_every, log_every, test):
-        self.history, self.total, self.figure, self.saved, self.test = history, total, figure, saved, test
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
-        figure.update(history)  # above the bar
-        self.bar = tqdm(total=total, initial=len(history.loss), unit="step", file=sys.stdout, disable=not progress,
-                        mininterval=2, ncols=100)
-
-    def __enter__(self):
-        return self
-
-    def after_step(self):
-        history, step = self.history, len(self.history.loss)
-        self.bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
-        self.bar.update()
-        if self.log_every and (step % self.log_every == 0 or step == self.total):
-            window = slice((step - 1) // self.log_every * self.log_every, step)
+@contextlib.contextmanager
+def _beside(history, total, progress, figure, saved, checkpoint_every, log_every, test):
+    """A function that does after each step what is due of: progress bar, logged line, test, checkpoint, figure."""
+    def after_step():
+        step = len(history.loss)
+        bar.set_postfix_str(f"loss {history.loss[-1]:.3g}", refresh=False)
+        bar.update()
+        if log_every and (step % log_every == 0 or step == total):
+            window = slice((step - 1) // log_every * log_every, step)
             history.rows.append(Row(step=step, train_loss=statistics.fmean(history.loss[window]),
                                     train_accuracy=statistics.fmean(history.accuracy[window]),
-                                    test_accuracy=self.test().accuracy if self.test else None))
-            self.bar.write(str(history.rows[-1]), file=sys.stdout)
-        if step % self.checkpoint_every == 0 or step == self.total:
-            self.saved.save(history)
-        self.figure.update(history)
+                                    test_accuracy=test().accuracy if test else None))
+            if first:
+                bar.write(str(history.rows[-1]), file=sys.stdout)
+        if step % checkpoint_every == 0 or step == total:
+            saved.save(history)
+        figure.update(history)
 
-    def __exit__(self, *exception):
-        self.bar.close()
-        self.figure.update(self.history, seconds_between=0)
+    first = not _ranks()[0]
+    figure.wanted &= first
+    figure.update(history)  # above the bar
+    try:
+        with tqdm(total=total, initial=len(history.loss), unit="step", file=sys.stdout,
+                  disable=not (progress and first), mininterval=2, ncols=100) as bar:
+            yield after_step
+    finally:
+        figure.update(history, seconds_between=0)
 
 
 class _Checkpoint:
@@ -675,35 +714,47 @@ class _Checkpoint:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def save(self, history):
-        if self.path:
+        """Rank 0 writes, and with it the random numbers of each rank."""
+        random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+        randoms = _of_all_ranks(random) if self.path else []
+        if self.path and not _ranks()[0]:
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
             with _replacing(self.path) as file:
-                torch.save({**state, "random": random, "run": self.run, "history": history.model_dump_json()}, file)
+                torch.save({**state, "randoms": randoms, "run": self.run, "history": history.model_dump_json()}, file)
 
     def load(self):
         """The history so far, and net, optimizer, schedule and random numbers set to where it ended."""
-        if self.path:
-            _unfinished(self.path).unlink(missing_ok=True)  # of a run that was killed while it wrote
-        if not self.path or not os.path.exists(self.path):
+        rank, ranks = _ranks()
+        state = [self._read() if self.path and not rank else None]
+        if self.path and ranks > 1:  # the file may lie on another machine
+            distributed.broadcast_object_list(state)
+        state, = state
+        if not state:
             return History()
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            run, history = state["run"], History.model_validate_json(state["history"])
-        except Exception:
-            allowed = "a file that `train` wrote whole; delete it to start anew"
-            raise _refuse("checkpoint", str(self.path), allowed) from None
-        if run != self.run:
-            pieces = (re.split(r"[(),\n]+ *", about) for about in (run, self.run))
+        if state["run"] != self.run:
+            pieces = (re.split(r"[(),\n]+ *", about) for about in (state["run"], self.run))
             theirs, ours = next((a, b) for a, b in itertools.zip_longest(*pieces, fillvalue="nothing") if a != b)
             raise _refuse("checkpoint", str(self.path), f"of another run: it has {theirs}, this one has {ours}; give "
                                                         "another path, or delete it")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0])
+        cpu, *gpus = state["randoms"][rank % len(state["randoms"])]
+        torch.set_rng_state(cpu)
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random"][1:])
-        return history
+            torch.cuda.set_rng_state_all(gpus)
+        return state["history"]
+
+    def _read(self):
+        _unfinished(self.path).unlink(missing_ok=True)  # of a run that was killed while it wrote
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            return state | {"history": History.model_validate_json(state["history"]), "run": state["run"],
+                            "randoms": state["randoms"]}
+        except FileNotFoundError:
+            return None
+        except Exception:
+            allowed = "a file that `train` wrote whole; delete it to start anew"
+            raise _refuse("checkpoint", str(self.path), allowed) from None
 
 
 # ----------------------------------------------------------------------------------------------- diagnosis
@@ -741,7 +792,7 @@ def save_results(path, results):
     Numbers that are not finite become the strings "NaN", "Infinity" and "-Infinity". Raises ValueError for a bad path.
     """
     path = check_parameters(results_path=str(path)).results_path
-    if path:
+    if path and not _ranks()[0]:
         text = to_json({**results, "environment": environment()}, indent=1, inf_nan_mode="strings")
         with _replacing(path) as file:
             file.write_bytes(text + b"\n")
@@ -759,6 +810,7 @@ class Sweep:
 
     def __init__(self, path="", settings=None):
         self.path, self.settings, self.units = str(path), to_jsonable_python(settings or {}), []
+        self.lock, self.workers = threading.RLock(), None
         self._read()
 
     def _read(self):
@@ -780,14 +832,63 @@ class Sweep:
         """The dict that run(**unit) returns, with the unit's own entries; from the file if it is finished there."""
         if self.find(**unit) is None:
             path = pathlib.Path(check_parameters(sweep=self.path).sweep)
+            found = self.workers(run, unit) if self.workers else run(**unit)
             # Through JSON and back, so that a fresh and a kept result are the same.
-            fresh = json.loads(to_json({**unit, **run(**unit)}, inf_nan_mode="strings"))
-            with FileLock(path.with_name(f".{path.name}.lock")) if self.path else contextlib.nullcontext():
+            fresh = json.loads(to_json({**unit, **found}, inf_nan_mode="strings"))
+            with self.lock, FileLock(path.with_name(f".{path.name}.lock")) if self.path else contextlib.nullcontext():
                 self._read()
                 if self.find(**unit) is None:
                     self.units.append(fresh)
                     save_results(self.path, {"settings": self.settings, "units": self.units})
         return self.find(**unit)
+
+    def each(self, do, items, scheduler="", name="runs"):
+        """Call do(*item) for each item, with a progress bar: in turn; or, with the address of a Dask scheduler, all at
+        once, while its workers run what they ask of this sweep. Units are kept in the order in which they are finished.
+
+        The workers must be able to import helpers. Raises ValueError for an address where no scheduler answers.
+        """
+        bar = functools.partial(tqdm, total=len(items), desc=name, file=sys.stdout, ncols=80, mininterval=5)
+        if not check_parameters(scheduler=scheduler).scheduler:
+            for item in bar(items):
+                do(*item)
+            return
+        try:
+            with ThreadPoolExecutor(len(items) or 1) as threads, _dask(scheduler) as self.workers:
+                for done in bar(as_completed([threads.submit(do, *item) for item in items])):
+                    done.result()
+        finally:
+            self.workers = None
+
+
+@contextlib.contextmanager
+def _dask(scheduler):
+    """A function (run, unit) that has a worker of this Dask scheduler call run(**unit), and returns what it returns."""
+    from distributed import Client  # a second to import
+    from distributed.protocol import pickle
+
+    def call(run, unit):
+        with lock:
+            if run not in sent:  # once, as it may hold a network; and pickled: the scheduler has no torch
+                sent[run] = client.submit(pickle.loads, pickle.dumps(functools.partial(_alone, run)))
+        return client.submit(operator.methodcaller("__call__", unit), sent[run]).result()
+
+    try:
+        client = Client(scheduler, timeout=5, set_as_default=False)
+    except (OSError, ValueError):
+        raise _refuse("scheduler", scheduler, _SCHEDULER) from None
+    lock, sent = threading.Lock(), {}
+    warnings.filterwarnings("ignore", "Sending large graph")
+    with client:
+        yield call
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _alone(run, unit):
+    with _one_at_a_time:  # a worker of several threads has only one stream of random numbers
+        return run(**unit)
 
 
 def open_sweep(path, name, settings):

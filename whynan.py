@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import sysconfig
+import textwrap
 import threading
 import warnings
 from typing import NamedTuple
@@ -77,7 +78,8 @@ class Evidence(NamedTuple):
         span = "" if math.isnan(self.largest) else f"|x| {self.smallest:.3g} to {self.largest:.3g}"
         counts = [f"{count:,} of {total:,} {kind}" for kind, count in
                   (("NaN", self.nan), ("inf", self.inf), ("zero", self.zero), ("subnormal", self.subnormal)) if count]
-        first = f", the first at {', '.join(map(str, self.places))}" if self.places else ""
+        places = ", ".join(str(place).replace(" ", "") for place in self.places)
+        first = f", the first at {places}" if places and self.shape else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {', '.join(counts)}{first}".rstrip()
 
@@ -160,6 +162,10 @@ def _called_from(file):
     while frame and os.path.basename(frame.f_code.co_filename) != file:
         frame = frame.f_back
     return frame is not None
+
+
+def _has_ranks():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _line(place):
@@ -324,6 +330,13 @@ def _reason(birth, given, operands, result, notes, growth):
 
 
 # --------------------------------------------------------------------------------------------------- report
+def _fold(line):
+    """A line of the report in as many as a page of 100 columns needs; words, and the spaces within, stay whole."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.fill(line, 100, subsequent_indent=indent, replace_whitespace=False, break_long_words=False,
+                         break_on_hyphens=False)
+
+
 class NonFiniteError(FloatingPointError):
     """The NaN or inf that a run died of, from its birth on. The text is the report; these are its parts:
 
@@ -336,6 +349,7 @@ class NonFiniteError(FloatingPointError):
     line       `Line` of the user's file; in the backward phase of the forward call; None if there is none
     verdict    a key of VERDICTS
     operands, result   `Evidence` of each tensor
+    rank       of the process, where torch.distributed runs, else None
     trail      [(step, phase, module, tensor, largest magnitude)] of this step and up to 50 before; tensor is
                "output", "gradient", "gradient of weight", …, or the name of a weight after the update
     """
@@ -351,7 +365,9 @@ class NonFiniteError(FloatingPointError):
         how = f"is born: {birth.operation}" if birth.operation else "enters"
         then = f"it becomes NaN at {origin}: {origin.operation}; " if origin.source else ""
         reached += f" in step {step}" * (step != birth.step)
-        text = [f"{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
+        self.rank = torch.distributed.get_rank() if _has_ranks() else None
+        rank = "" if self.rank is None else f"rank {self.rank}: "
+        text = [f"{rank}{birth.value} at {birth}, {how}", *(f"    {line}" for line in lines),
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 "made of (|x|: from the smallest to the largest finite magnitude that is not 0)",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
@@ -366,7 +382,7 @@ class NonFiniteError(FloatingPointError):
                     parts.append(f"{phase} {size:.3g}" + f" in {where}" * bool(where))
             if parts:
                 text.append(f"    step {step}: " + ", ".join(parts))
-        super().__init__("\n".join(text))
+        super().__init__("\n".join(map(_fold, text)))
 
     def __reduce__(self):  # to be copied, or sent by another process
         return FloatingPointError.__new__, (NonFiniteError, str(self)), vars(self)
@@ -894,16 +910,18 @@ class watch(TorchDispatchMode):
                 how = "mask"
         self.looking = before
         bad = f"{evidence.nan + evidence.inf:,} of {tensor.numel():,} values of {weight or f'what comes as {role}'}"
-        reason = "bad weight" if weight else "bad data", f"{bad} are not finite before any operation"
+        reason, phase = ("bad weight" if weight else "bad data", f"{bad} are not finite before any operation"), "data"
+        if _has_ranks() and (self.in_backward or role == "gradient"):  # no operation has made it, so what joins ranks
+            phase, reason = "backward", ("unknown", "another rank's gradient, it seems: read that rank's report")
         call = self.calls[-1] if weight and self.calls and self.calls[-1][1] is not None else None
-        origin = self._new(how, value, "data", None, call, result=evidence, reason=reason)
+        origin = self._new(how, value, phase, None, call, result=evidence, reason=reason)
         self.bad.put(tensor, origin)
         return origin
 
     def _new(self, how, value, phase, node, call, **known):
         self.origins += 1
         step = self.step + (phase in ("data", "loss") and self.after_backward and not self.counts)
-        name = node.name() if phase == "backward" else ""
+        name = node.name() if phase == "backward" and node else ""
         return Origin(how, value, self.origins, step, phase, *self._made(node, call), name, **known)
 
     def _origin(self, operation, named, result, node, call, copy, phase):

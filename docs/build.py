@@ -112,7 +112,7 @@ def linked(text, page):
             link = f"{link.rstrip('/')}/index.md"
         elif path.resolve() == ROOT / "README.md":
             link = link.replace("README.md", "index.md")
-        elif path.suffix not in (".md", ".ipynb"):
+        elif path.is_file() and path.suffix not in (".md", ".ipynb"):
             place = SOURCE / path.resolve().relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)

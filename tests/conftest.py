@@ -3,6 +3,11 @@
 `--precision float32` or `--precision bfloat16` makes that the one which "auto" finds, whatever the processor is.
 """
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: their threads, and their kernels', would only collide
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in
+
 import pytest
 import torch
 

@@ -193,29 +193,6 @@ def test_reading_writes_nothing(data_copy):
     assert images.data.shape == (60_000, 28, 28) and sorted(data_copy.rglob("*")) == before
 
 
-@pytest.mark.slow
-def test_ranks_share_the_images_and_join_their_counts(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text("""
-import torch, helpers
-from torch import distributed
-distributed.init_process_group("gloo")
-train_iter, test_iter = helpers.load_data(image_size=28, train_images=600, test_images=201, device=torch.device("cpu"))
-torch.manual_seed(0)
-result = helpers.evaluate(helpers.LeNet(), test_iter)
-shares = [None, None]
-distributed.all_gather_object(shares, list(train_iter.sampler))
-if distributed.get_rank() == 0:
-    print("SHARES", sorted(sum(shares, [])) == list(range(600)), int(result.confusion.sum()), f"{result.loss:.5f}")
-distributed.destroy_process_group()
-""")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
-                          capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    torch.manual_seed(0)
-    alone = evaluate(LeNet(), load_data(image_size=28, test_images=201, device=CPU)[1])
-    assert f"SHARES True 201 {alone.loss:.5f}" in done.stdout, done.stderr
-
-
 # ------------------------------------------------------------------------------------------------ networks
 @settings(max_examples=20)
 @given(size=st.integers(67, 512), all_relus=st.booleans())

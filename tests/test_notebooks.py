@@ -4,8 +4,11 @@ nbval, by the settings in pyproject.toml, runs their cells with the defaults; he
 """
 
 import ast
+import collections
+import functools
 import itertools
 import json
+import linecache
 import math
 import os
 import re
@@ -18,11 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 import nbformat
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instrument import births
+from nan_cases import DEATHS
+from nan_cases.clinic import PATIENTS
 from torch import nn
 
 import helpers
+import whynan
 from helpers import HERE, AlexNet, Parameters, Sweep
 
 FOLDER = HERE / "notebooks"
@@ -112,6 +120,60 @@ def test_links_to_the_neighbours_and_all_others(number):
     neighbours = {CHAPTERS[i].name for i in (number - 1, number + 1) if 0 <= i < len(CHAPTERS)}
     assert neighbours <= set(links) and "../README.md" in links
     assert f"solutions/{SOLUTIONS[number].name}" in links
+
+
+# ------------------------------------------------------------------------------------------------ exercises
+HEAD = r"### (\d) · (.+) \*\((?:easy|medium|harder), \d+ minutes\)\*"
+
+
+def exercises_of(name):
+    """[(heading, title, code cell)] of the exercises of a notebook."""
+    cells = nbformat.read(FOLDER / f"{name}.ipynb", 4).cells
+    found = [(re.search(HEAD, cell.source), check) for cell, check in itertools.pairwise(cells)]
+    return [(int(head[1]), head[2], check) for head, check in found if head]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CHAPTERS[:4]])
+def test_every_exercise_has_a_head_a_check_and_a_solution(name):
+    exercises = exercises_of(name)
+    assert [number for number, _, _ in exercises] == list(range(1, len(exercises) + 1)) and len(exercises) >= 3
+    solved = nbformat.read(FOLDER / f"solutions/{name[:2]}_solutions.ipynb", 4)
+    solutions = "\n".join(cell.source for cell in solved.cells)
+    for number, title, check in exercises:
+        assert check.source.startswith("answer = None\n") and check.outputs[0].text == "no answer yet\n"
+        assert f"## {number} · {title}\n" in solutions
+
+
+def joined(conv3, conv4):
+    """Weight and bias of the one convolution that does what both do."""
+    weight = F.conv2d(conv3.weight.transpose(0, 1), conv4.weight.flip(2, 3), padding=2).transpose(0, 1)
+    return weight, conv4.bias + conv4.weight.sum((2, 3)) @ conv3.bias
+
+
+BLOCK = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1))
+ENLARGING = F.interpolate(torch.eye(28)[None, None], size=(40, 28), mode="bilinear")[0, 0]
+WINDOWS = ((11, 4, 0), (3, 2, 0), (5, 1, 2), (3, 2, 0), (3, 2, 0))  # conv1, pool1, conv2 and the other pools
+KNOWN = {"01_architecture": {"LADDER": [("", window) for window in WINDOWS], "x": torch.rand(1, 3, 9, 9),
+                             "block1": nn.Identity(), "block2": nn.Identity(), "block3": BLOCK},
+         "02_data_iterator": {"eight": torch.randint(256, (1, 28, 28))}}
+BORN = [types.SimpleNamespace(phase=phase) for phase in ("loss", "forward", "update", "backward")]
+
+
+@pytest.mark.parametrize(("name", "number", "right", "wrong"), [
+    ("01_architecture", 1, (227, 258), (224, 258)), ("01_architecture", 2, 0.3705, 0.63),
+    ("01_architecture", 3, joined(*BLOCK), joined(BLOCK[0], nn.Conv2d(4, 5, 3))), ("01_architecture", 4, 6.6, 0.0056),
+    ("02_data_iterator", 1, 0.93, 1.0), ("02_data_iterator", 2, 3.57, 14.3),
+    ("02_data_iterator", 3, ENLARGING, ENLARGING.flip(0)), ("02_data_iterator", 4, 0.4, 0.95),
+    ("03_failing_lr", 1, 3.79, 2e23), ("03_failing_lr", 2, 2.30, 1.2), ("03_failing_lr", 3, BORN, BORN[:3]),
+    ("03_failing_lr", 4, [0.95, 1.1] * 10, [1.1] * 20), ("03_failing_lr", 5, (256, 64), (2, 1)),
+    ("04_fixed_lr", 1, 54.6, 3.78), ("04_fixed_lr", 2, (4, 6), (1, 8)), ("04_fixed_lr", 3, 0.168, 0.97),
+    ("04_fixed_lr", 4, (0.77, 0.46), (0.46, 0.77))])
+def test_a_check_takes_the_right_answer_and_no_wrong_one(name, number, right, wrong, capsys):
+    check = exercises_of(name)[number - 1][2].source
+    for answer, verdict in ((right, "True"), (wrong, "False")):
+        names = vars(functions_of(name, **KNOWN.get(name, {})))
+        exec(check.replace("answer = None", "", 1), {**names, "answer": answer})
+        assert capsys.readouterr().out == f"{verdict}\n"
 
 
 # ----------------------------------------------------------------------------------- the functions they define
@@ -396,8 +458,9 @@ def test_a_live_figure_drawn_often_is_one_figure_shown_once(tmp_path):
     subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "in.ipynb", "out.ipynb"], cwd=tmp_path,
                    check=True, capture_output=True, timeout=300)
     outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
-    assert [output.output_type for output in outputs].count("display_data") == 1
-    assert "".join(output.get("text", "") for output in outputs) == "1 figure\n"
+    shown, = (output for output in outputs if output.output_type == "display_data")
+    assert "image/png" in shown.data, "a picture, not its name"
+    assert "".join(output.get("text", "") for output in outputs) in ("0 figure\n", "1 figure\n")
 
 
 def test_03_dies_by_default_and_lives_at_the_small_rate_also_on_fashion_mnist(tmp_path):
@@ -540,3 +603,210 @@ def test_help_lists_every_parameter_with_type_and_help(path):
     for line in nbformat.read(path, 4).cells[1].source.splitlines():
         name, kind, help_text = re.fullmatch(r"(\w+): (\w+) = .+?  # (.+)", line).groups()
         assert re.search(rf"{name}: {kind} \(default .*\)\s+{re.escape(help_text)}", done.stdout), done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- the clinic
+CLINIC = nbformat.read(FOLDER / "07_clinic.ipynb", 4)
+ANCHORS = {heading.replace(" ", "-") for cell in CLINIC.cells if cell.cell_type == "markdown"
+           for heading in re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def clinic():
+    """All that notebook 7 imports, defines and assigns; no patient has been run."""
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign, ast.AnnAssign)
+    namespace = {"__name__": "clinic"}
+    for number, cell in enumerate(code(CLINIC)):
+        body = [node for node in ast.parse(cell.source).body if isinstance(node, kept)]
+        file = f"cell {number} of the clinic"
+        linecache.cache[file] = len(cell.source), None, cell.source.splitlines(keepends=True), file
+        exec(compile(ast.Module(body, []), file, "exec"), namespace)
+    return types.SimpleNamespace(**namespace)
+
+
+def calls(name, cells=None):
+    """The arguments of each call of a function in a notebook's cells, as source."""
+    return [[ast.unparse(argument) for argument in node.args] for cell in cells or code(CLINIC)
+            for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
+
+
+def reports():
+    """{patient: (step, phase, module, operation, verdict)} as the saved notebook prints it."""
+    found = {}
+    for cell in code(CLINIC):
+        asked = [who for who, in calls("ask", [cell])] or re.findall(r'births\["(\w+)"\] = b', cell.source)
+        text = "".join(output.get("text", "") for output in cell.outputs)
+        first = re.search(r"^(?:NaN|inf) at step (\d+), (\w+) phase, (.+), (?:is born: (\w+)|enters)$", text, re.M)
+        if first:
+            step, phase, module, operation = first.groups()
+            module = "" if module.startswith(("outside", "the network itself")) else module.partition(" ")[0]
+            verdict = next(v for v in whynan.VERDICTS if re.search(rf"^{re.escape(v)}: ", text, re.MULTILINE))
+            found[asked[0]] = int(step), phase, module, operation or "", verdict
+    return found
+
+
+def test_the_reports_that_the_clinic_shows_are_the_truths():
+    truths = {name: (t.step, t.phase, t.module, t.operation, t.verdict) for name, t in PATIENTS.items()
+              if not name.startswith("sealed")}
+    assert reports() == truths
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+@pytest.mark.parametrize("name", PATIENTS)
+def test_of_each_patient_an_independent_instrument_sees_the_birth_and_the_cure_is_silent(clinic, name):
+    truth, patient, losses = PATIENTS[name], getattr(clinic, name), []
+    if name == "spike":
+        clinic.run(patient)
+        patient = clinic.last_hundred  # from the checkpoint on, as the notebook does
+    seen = {(operation, node is not None) for operation, node, _ in births(
+        lambda: losses.extend(clinic.run(patient)), nan_of_inf=True)}
+    assert not all(map(math.isfinite, losses))
+    assert (truth.operation, truth.phase == "backward") in seen or not truth.operation
+    birth = clinic.birth_of(patient)
+    assert (birth.phase, birth.module, birth.verdict) == (truth.phase, truth.module, truth.verdict)
+    # where scores grow for hundreds of steps, the last one depends on the machine's rounding
+    assert birth.step == truth.step or (name == "no_bottom" and abs(birth.step - truth.step) < 60)
+    assert truth.line in birth.line.text
+    for _, *change in (arguments for arguments in calls("see") if arguments[0] == name and len(arguments) > 1):
+        assert not clinic.birth_of(clinic.changed(getattr(clinic, name), *map(ast.literal_eval, change)))
+
+
+def test_every_patient_is_in_the_list_and_every_anchor_leads_somewhere(clinic):
+    asked = {arguments[0] for arguments in calls("ask")} | {"spike"}
+    assert asked == set(clinic.PATIENTS.split(", ")) == {n for n in PATIENTS if n[:6] != "sealed"} | {"stuck"}
+    assert all(hasattr(clinic, name) for name in asked)
+    links = re.findall(r"\]\(#([^)]+)\)", "\n".join(cell.source for cell in CLINIC.cells))
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    links += (in_readme := re.findall(r"07_clinic\.ipynb#([^)]+)\)", readme))
+    assert set(links) <= ANCHORS and "The-procedure" in in_readme
+    table = "\n".join(cell.source for cell in CLINIC.cells if "## Find your symptom" in cell.source)
+    patients = {a for a in ANCHORS if a in links} - {
+        "The-patients", "The-procedure", "A-tree-of-questions", "Find-your-symptom"}
+    assert set(re.findall(r"\]\(#([^)]+)\)", table)) == patients
+
+
+def test_the_code_to_paste_needs_nothing_but_whynan(capsys):
+    block, = re.findall(r"```python\n(.+?)```", prose_of(CLINIC, "## The procedure"), re.DOTALL)
+    torch.manual_seed(0)
+    X, y = torch.rand(24, 1, 4, 4), torch.randint(3, (24,))
+    X[13, 0, 2, 1] = math.nan
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    loader = [*zip(X.split(8), y.split(8), strict=True)]
+
+    def loss_of(net, X, y):
+        return nn.functional.cross_entropy(net(X), y)
+
+    def train(net, loader):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_of(net, *batch).backward()
+            optimizer.step()
+
+    with pytest.raises(whynan.NonFiniteError) as caught:
+        exec(block, {"net": net, "loader": loader, "loss_of": loss_of, "train": train})
+    told = capsys.readouterr().out
+    assert "batch 1 rows [5]" in told and float(told.split()[-1]) == pytest.approx(math.log(3), rel=0.2)
+    assert caught.value.phase == "data" and caught.value.step == 2
+
+
+def prose_of(notebook, heading):
+    return next(cell.source for cell in notebook.cells if cell.source.startswith(heading))
+
+
+def leaves():
+    """[(the answers that lead to it, what the leaf says)] of the tree in notebook 7."""
+    path, found = [], []
+    for line in re.findall(r"^ *- .+$", prose_of(CLINIC, "## The procedure"), re.MULTILINE):
+        depth = (len(line) - len(line.lstrip())) // 2
+        path[depth:] = [line.strip("- ")]
+        if "→" in line:
+            answers = [re.match(r"\*([^*]+?)\.?\*", part)[1] for part in path[1:]]
+            found.append((tuple(answers), line.partition("→")[2].strip()))
+    return found
+
+
+def walk(losses, birth=None, expected=1.0, last=None):
+    """The answers that a run gives to the questions of the tree."""
+    if not birth:
+        stays = max(losses) < 1.1 * losses[0] and min(losses) > 0.9 * losses[0]
+        return "No", "It stays where it began" if stays else "It climbs, and comes back" if (
+            max(losses) > 1.5 * losses[0] and losses[-1] < losses[0]) else "It falls"
+    shown = [*birth.operands, *([birth.result] if birth.result else [])]
+    sizes = [e.largest for e in birth.operands if not math.isnan(e.largest)]
+    steps = {step: max(size for s, phase, *_, size in birth.trail if (s, phase) == (step, "update"))
+             for step in {s for s, phase, *_ in birth.trail if phase == "update"}}
+    grown = bool(steps) and steps[max(steps)] > 10 * steps[min(steps)]
+    answers = ["Yes", "Yes" if birth.phase == "data" else "No"]
+    for answer in (any(e.dtype is torch.float16 for e in shown), max(sizes, default=0) > 1e10,
+                   not losses[0] < 1000 * expected, grown, (last or birth.step) > 100):
+        if tuple(answers) in dict(leaves()):
+            break
+        answers.append("Yes" if answer else "No")
+    return tuple(answers)
+
+
+LEAVES = {  # a part of the leaf: the verdicts of births that end there
+    "A hole in the table": {"bad data", "bad weight", "constant normalised"},
+    "Float16": {"float16 range", "vanished eps", "Adam's denominator"},
+    "notebook 3": {"wrong scale"}, "notebook 4": {"steps too long"}, "A spike": {"steps too long"},
+    "The long way back": {"exploding gradient"}}
+LEAVES["The patients"] = set(whynan.VERDICTS) - set.union(*LEAVES.values()) | {"constant normalised"}
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_every_path_of_the_tree_is_walked_by_cases_and_ends_where_their_verdicts_belong(clinic):
+    tree, ends = dict(leaves()), {}
+    deaths = {name: (case.run(cured=False), functools.partial(case.run, cured=False)) for name, case in DEATHS.items()}
+    deaths |= {name: (clinic.run(getattr(clinic, name)), functools.partial(clinic.run, getattr(clinic, name)))
+               for name in PATIENTS}
+    for name, (losses, run) in deaths.items():
+        with pytest.raises(whynan.NonFiniteError) as caught, whynan.watch():
+            run()
+        expected = {"regression_lr": 100.0, "lbfgs_closure": 200.0}.get(name, 10.0)  # the mean of y²
+        leaf = tree[walk(losses, caught.value, expected)]
+        assert any(part in leaf and caught.value.verdict in verdicts for part, verdicts in LEAVES.items()), (name, leaf)
+        ends[name] = leaf
+    fixed = json.loads((HERE / "results/04_mnist_200.json").read_text())["history"]["loss"]
+    for losses, part in ((clinic.run(clinic.stuck), "Stuck"), (fixed, "notebook 5"), (fixed[100:], "notebook 6")):
+        leaf = tree[walk(losses)]
+        assert part in leaf
+        ends[part] = leaf
+    assert set(ends.values()) == set(tree.values()) and len(tree) == 10
+    at_the_edge = sum("The patients" in leaf for name, leaf in ends.items() if name in DEATHS)
+    assert f"{at_the_edge} of the {len(DEATHS)} that this project collected" in prose_of(CLINIC, "[Solutions]")
+    patients = collections.Counter(leaf for name, leaf in ends.items() if name in clinic.PATIENTS)
+    assert "The patients" in patients.most_common(1)[0][0] and "more patients end there than at any other" in prose_of(
+        CLINIC, "## The procedure")
+
+
+def test_a_patient_that_is_not_there_is_refused_with_the_names_of_those_that_are(tmp_path, clinic):
+    process = papermill("07_clinic", tmp_path, patient="padded_roe")
+    output = process.communicate(timeout=300)[0].strip().splitlines()[-1]
+    assert process.returncode and output == (
+        f"ValueError: patient = 'padded_roe' is not allowed; patient is all or one of {clinic.PATIENTS}")
+
+
+def test_one_patient_alone(tmp_path):
+    results = results_of(papermill("07_clinic", tmp_path, patient="padded_row"), tmp_path)
+    assert list(results["births"]) == list(results["detect_anomaly"]) == ["padded_row"] and not results["signs"]
+    assert results["births"]["padded_row"]["verdict"] == "empty softmax row"
+    assert list(results["losses"]) == ["padded_row", "padded_row, cured"]
+
+
+def test_a_sealed_case_takes_a_right_answer_and_refuses_wrong_ones(clinic, capsys):
+    judge, sealed = clinic.judge, clinic.sealed_1
+    judge(sealed, None)
+    assert capsys.readouterr().out == "sealed_1: no answer yet\n"
+    cure = "points / points.norm(dim=1, keepdim=True)", "F.normalize(points)"
+    judge(sealed, ("loss", "points.norm", cure))
+    assert "found and cured" in capsys.readouterr().out
+    for phase, part, change, complaint in (
+            ("forward", "points.norm", cure, "not born in the phase"), ("loss", "square", cure, "in a line with"),
+            ("loss", "points.norm", ("lr=1e-3", "lr=1e-4"), "still dies"),
+            ("loss", "points.norm", (cure[0], "0 * points"), "learns nothing")):
+        with pytest.raises(AssertionError, match=complaint):
+            judge(sealed, (phase, part, change))
+    with pytest.raises(ValueError, match=r"old = 'no such text' is not allowed; old is a part of exactly one line"):
+        judge(sealed, ("loss", "points.norm", ("no such text", "")))

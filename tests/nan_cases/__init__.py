@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Death(NamedTuple):
-    run: Callable
+    run: Callable | None  # None: it stands in a notebook
     step: int  # the optimizer's step in which the first bad value that did harm was made, from 1
     phase: str  # data, forward, loss, backward or update
     module: str  # full name of the module whose own computation it was; "" outside of all
