@@ -92,7 +92,8 @@ def menu(page, name, command):
 
 def ran_to_the_end(page, path, cells):
     """Waits for the last cell's number, saves, and returns the notebook as the file then has it."""
-    page.wait_for_function(LAST_PROMPT, arg=f"[{cells}]:", timeout=240_000)
+    page.wait_for_function(f"text => ({LAST_PROMPT})(text) || document.querySelector("
+                           "'[data-mime-type=\"application/vnd.jupyter.error\"]')", arg=f"[{cells}]:", timeout=240_000)
     before = path.stat().st_mtime_ns
     menu(page, "File", "docmanager:save")
     for _ in range(100):
