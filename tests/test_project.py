@@ -38,25 +38,31 @@ def requirements():
 
 
 def imported():
-    paths = [HERE / "helpers.py", HERE / "whynan.py", *(HERE / "tests").rglob("*.py")]
+    paths = [path for path in [HERE / "helpers.py", HERE / "whynan.py", *(HERE / "tests").rglob("*.py")]
+             if path.parent.name != "browser"]  # whose packages, and those of docs/, no reader needs
     sources = [path.read_text(encoding="utf-8") for path in paths]
     for path in (HERE / "notebooks").rglob("*.ipynb"):
         sources += [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    own = {path.stem for path in paths} | {"nan_cases"}
+    return modules_in(sources) - set(sys.stdlib_module_names) - own
+
+
+def modules_in(sources):
     modules = set()
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules.add(node.module.split(".")[0])
-    own = {path.stem for path in paths} | {"nan_cases"}
-    return modules - set(sys.stdlib_module_names) - own
+    return modules
 
 
 def test_everything_imported_is_listed_and_everything_listed_is_used():
     listed = {IMPORT_NAMES.get(r.name, r.name) for r in requirements()}
     # these come with one that is listed: IPython with ipykernel, pydantic_core with pydantic, packaging with pytest,
-    # numpy with torchvision; and of the last two the tests are skipped where they are not installed
-    brought_along, optional = {"IPython", "pydantic_core", "packaging", "numpy"}, {"lightning", "transformers"}
+    # numpy and PIL with torchvision; and of the last two the tests are skipped where they are not installed
+    brought_along = {"IPython", "pydantic_core", "packaging", "numpy", "PIL"}
+    optional = {"lightning", "transformers"}
     assert imported() - listed <= brought_along | optional
     assert listed - imported() <= set(BY_NAME)
     everything = "\n".join([README, (HERE / "pyproject.toml").read_text(), (HERE / "tests/test_project.py").read_text(),
@@ -75,6 +81,33 @@ def test_environment_yml_delegates_to_requirements_txt():
     assert dependencies[-1] == {"pip": ["-r requirements.txt"]}
     python = next(d for d in dependencies if str(d).startswith("python"))
     assert python.removeprefix("python") in (HERE / "pyproject.toml").read_text()
+
+
+def test_what_the_web_edition_and_its_tests_import_is_in_their_own_requirements():
+    lines = (HERE / "docs/requirements.txt").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"\S+\s+# .+", line) for line in lines)
+    listed = {Requirement(line.split("#")[0]).name.replace("-", "_") for line in lines}
+    sources = [path.read_text(encoding="utf-8") for folder in ("docs", "tests/browser")
+               for path in (HERE / folder).glob("*.py")]
+    assert modules_in(sources) - set(sys.stdlib_module_names) - {"conftest", "nbformat"} <= listed  # with myst-nb
+    assert listed & {requirement.name.replace("-", "_") for requirement in requirements()} == {"pytest", "matplotlib"}
+
+
+def test_workflows_and_ci_build_the_web_edition_by_the_readmes_command():
+    command, = [line for line in README.splitlines() if "docs/build.py" in line and line.startswith("python3 -m venv")]
+    set_up, _, build = command.rpartition(" && ")
+    workflow = (HERE / ".github/workflows/pages.yml").read_text()
+    assert set_up in workflow and build in workflow and "secrets." not in workflow
+    script = (HERE / "tests/browser/run").read_text()
+    assert build in script and "install -q -r docs/requirements.txt" in script
+    assert "bash tests/browser/run" in (HERE / ".ci/run").read_text().splitlines()
+    assert "bash tests/browser/run" in (HERE / ".github/workflows/test.yml").read_text()
+
+
+def test_the_ways_in_install_what_the_readme_says():
+    command, = [line for line in README.splitlines() if "--torch-backend" in line]
+    container = (HERE / ".devcontainer/devcontainer.json").read_text()
+    assert f'"postCreateCommand": "{command}"' in container
 
 
 def commands(heading):
