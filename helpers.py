@@ -316,7 +316,7 @@ def load_data(dataset="MNIST", batch_size=100, image_size=244, *, train_images=0
     """(train_iter, test_iter) over MNIST or Fashion-MNIST, two `ImageIterator`s; the training set is shuffled.
 
     batch_size    images a batch; the last batch of an epoch may be smaller
-    image_size    pixels a side, at least the original 28
+    image_size    pixels per side, at least the original 28
     train_images, test_images    how many images to use, spread evenly over the set; 0 for all
     normalize     subtract the training pixels' mean, divide by their standard deviation
     device        where the images lie; None finds the fastest
