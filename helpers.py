@@ -59,10 +59,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 # spends a seventh of its time on page faults, for 233 MB of fresh gradients.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-    # Freed tensors of 4 MiB go back to the system at once; by itself glibc lets up to half a GB of them pile up.
+    # Freed tensors of 16 MiB go back to the system at once; by itself glibc lets up to half a GB of them pile up.
     with contextlib.suppress(AttributeError):  # another C library, such as musl, has no mallopt
-        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, 2**25)  # M_TRIM_THRESHOLD, or small ones would come and go with each step
+        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**27)  # M_TRIM_THRESHOLD, or small ones would come and go with each step
 
 # One colour a run through the whole series (Okabe and Ito's colour-blind safe set), each with its own
 # line style, so that a figure printed in grey still tells the runs apart.
