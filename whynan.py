@@ -205,14 +205,15 @@ class Origin(NamedTuple):
 VERDICTS = {
     "bad data": "Mend the row where the data is made; isfinite().all() checks a batch",
     "bad weight": "Load another checkpoint, or initialise this weight anew",
-    "division by zero": "Clamp the denominator from below, add a small number to it (inside the root, if it is one), "
-                        "or skip the case",
+    "division by zero": "Make sure that the divisor cannot be 0: a clamp, or skip the case",
     "log of zero": "Use what takes logits (log_softmax, logsigmoid, …_with_logits), or clamp from below",
-    "log of a negative": "Make the argument positive: softplus, exp or a clamp",
+    "log of a negative": "Make the argument positive where it is made, by softplus or exp; a clamp hides it, and has no "
+                         "gradient below",
     "root of a negative": "Clamp the argument at a small positive number",
     "infinite slope": "Keep the argument off that point: sqrt(x + 1e-12), clamp(1e-12, …)",
     "outside the domain": "Clamp the argument to the inside of the domain",
-    "exp overflow": "Bound the exponent, subtract the largest first (logsumexp, softmax), or scale the input",
+    "exp overflow": "First ask what made the exponent so large: input scale, one bad row, learning rate. Then bound "
+                    "it, or subtract the largest first (logsumexp, softmax)",
     "empty softmax row": "Leave one entry of each row unmasked, or drop such rows",
     "mean of nothing": "Skip the empty case, or divide the sum by the count clamped at 1",
     "spread of one": "Drop the last batch of one, or use correction=0",
@@ -239,6 +240,7 @@ _SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax", "_scaled_dot_product")
 _SUMS = ("mm", "mv", "conv", "dot", "norm", "sum", "mean", "var", "std", "lstm", "gru", "rnn", "softmax", "_scaled")
 _SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlogy", "Erfinv", "Norm", "Linalg",
            "Cdist")
+_SELECTS = "Where", "MaskedFill", "NanToNum"
 
 
 class _Growth(NamedTuple):
@@ -276,6 +278,9 @@ def _reason(birth, given, operands, result, notes, growth):
         if birth.node.startswith(_SLOPES):
             function = birth.node.partition("Backward")[0]
             return "infinite slope", f"the value of {function} is finite, its slope is infinite at {zeros} places"
+        if note.endswith("norm") and birth.phase == "backward":  # torch mends the first derivative alone
+            return "infinite slope", (f"{zeros} norms are 0, and there the second derivative of a norm (a gradient "
+                                      "penalty, a PINN) is NaN in today's torch too; take its square, or keep 0 out")
         if note.startswith("eps"):
             return "vanished eps", f"{zeros} denominators are 0: {note} is 0 in float16"
         if note in _SPREADS:
@@ -295,7 +300,7 @@ def _reason(birth, given, operands, result, notes, growth):
             _SOFTMAX[3]) and any((t == -math.inf).all(-1).any() for role, t in operands if role.startswith("attn"))):
         return "empty softmax row", "all entries of a row are -inf"
     if has_nan and (name.startswith("nll_loss") or any(not tensor.numel() for _, tensor in operands)):
-        return "mean of nothing", "no element is left to take the mean of: 0 / 0"
+        return "mean of nothing", "no element is left to take the mean of, or their weights sum to 0: 0 / 0"
     if name in _SPREADS and has_nan:
         return "spread of one", "one element has no deviation: 0 / (1 - 1)"
     if name.endswith("ctc_loss") and not has_nan:
@@ -371,7 +376,7 @@ class NonFiniteError(FloatingPointError):
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 "made of (|x|: from the smallest to the largest finite magnitude that is not 0)",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
-                "the largest magnitudes"]
+                "the largest magnitude made in each phase"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
             parts = []
             for phase, tensors in (("forward", "output"), ("loss", "output"), ("backward", "gradient"), ("update", "")):
@@ -557,6 +562,7 @@ class watch(TorchDispatchMode):
         self.bad, self.losses, self.notes, self.origins = _Memory(), _Memory(), _Memory(), 0
         self.dropped, self.of_node, self.updates = _Memory(), (None, None), _Memory()  # see `_keep_notes`, `_look`
         self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
+        self.derived = set()  # the sequence numbers of nodes that torch's formula of a derivative made, and no owner
 
     def _start(self):
         self.started, self.sequence = True, torch.autograd._get_sequence_nr()
@@ -755,8 +761,12 @@ class watch(TorchDispatchMode):
             made = self._made(node, call, beyond_function=not torch.is_grad_enabled())
             for new in range(self.sequence, number):
                 self.made[new] = made
+            # the name of torch's own nodes ends in a digit, of an autograd.Function's not; a where's derivative is one
+            if node is not None and not call and node.name()[-1].isdigit() and not node.name().startswith(_SELECTS):
+                self.derived.update(range(self.sequence, number))
             if len(self.made) > 200_000:  # graphs that old are seldom alive
                 self.made = dict(list(self.made.items())[100_000:])
+                self.derived &= self.made.keys()
             self.sequence = number
         copy = None
         if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _COPIED:
@@ -849,7 +859,8 @@ class watch(TorchDispatchMode):
         name = _plain(operation.name)
         if phase == "backward":
             # where a branch was not taken its gradient is 0: which elements these are goes with it
-            if node.name().startswith(("Where", "MaskedFill", "NanToNum")):
+            # (the formula of a norm's slope has a masked_fill of its own)
+            if node.name().startswith(_SELECTS) and node._sequence_nr() not in self.derived:
                 self.dropped.put(results[0], results[0] == 0)
             elif self.dropped.kept:
                 dropped = [self.dropped.get(tensor)[:1] for tensor in _tensors(args)]
