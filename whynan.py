@@ -207,8 +207,8 @@ VERDICTS = {
     "bad weight": "Load another checkpoint, or initialise this weight anew",
     "division by zero": "Make sure that the divisor cannot be 0: a clamp, or skip the case",
     "log of zero": "Use what takes logits (log_softmax, logsigmoid, …_with_logits), or clamp from below",
-    "log of a negative": "Make the argument positive where it is made, by softplus or exp; a clamp hides it, and has no "
-                         "gradient below",
+    "log of a negative": "Make the argument positive where it is made, by softplus or exp; a clamp hides it, and has "
+                         "no gradient below",
     "root of a negative": "Clamp the argument at a small positive number",
     "infinite slope": "Keep the argument off that point: sqrt(x + 1e-12), clamp(1e-12, …)",
     "outside the domain": "Clamp the argument to the inside of the domain",
@@ -228,6 +228,7 @@ VERDICTS = {
     "constant normalised": "Drop the constant feature or row, or add an eps to its variance",
     "exploding gradient": "Shrink the repeated weights, normalise between layers, or cut the sequence",
     "no alignment": "Give more time steps than labels and repeats, or zero_infinity=True",
+    "mask overflow": "Use -1e4 in its place, or masked_fill with -inf that leaves one entry of each row",
     "zero times infinity": "Select with masked_fill or where; don't multiply by infinity",
     "unknown": "Look at the operands",
 }
@@ -313,6 +314,11 @@ def _reason(birth, given, operands, result, notes, growth):
         return "constant normalised", "its eps is 0"
     if name == "_weight_norm_interface" and has_nan and (tensors["v"] == 0).any():
         return "division by zero", "a row of the weight has length 0, and it is divided by its length"
+
+    if not has_nan and name in ("add", "sub", "_to_copy") and (result[result.isinf()] < 0).all() and any(
+            (tensor == torch.finfo(tensor.dtype).min).any() for _, tensor in operands if tensor.is_floating_point()):
+        what = "is rounded to" if name == "_to_copy" else "with another added, is"
+        return "mask overflow", f"the least finite number, as masks have it, {what} -inf"
 
     # an overflow, if the operands are large enough for one; straight to NaN it goes only in what sums
     if largest and (not has_nan or any(word in name for word in _SUMS)):

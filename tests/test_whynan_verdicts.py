@@ -254,6 +254,15 @@ def test_no_advice_invites_to_add_a_small_number_to_a_divisor():
     assert "add a small number" not in " ".join(str(error).split()) and "cannot be 0" in str(error)
 
 
+@pytest.mark.parametrize("mixed", [lambda x, mask: x.exp() * (mask + mask).softmax(1),
+                                   lambda x, mask: x.exp() * mask.bfloat16().softmax(1)])
+def test_a_mask_of_the_least_number_that_overflows_is_told_of(mixed):
+    net, X = linear()
+    mask = torch.full((8, 8), torch.finfo(torch.float32).min)
+    error = death_of(lambda: descend(net, lambda step: mixed(net(X), mask).sum()))
+    assert error.verdict == "mask overflow", str(error)
+
+
 def test_a_fill_value_is_not_blamed_on_a_weight_that_grew():
     net, X = linear()
     nn.init.constant_(net.bias, 1e-3)
