@@ -836,13 +836,15 @@ def walk(losses, birth=None, expected=1.0, last=None):
         return "No", "It stays where it began" if stays else "It climbs, and comes back" if (
             max(losses) > 1.5 * losses[0] and losses[-1] < losses[0]) else "It falls, and has a lower bound"
     shown = [*birth.operands, *([birth.result] if birth.result else [])]
-    sizes = [e.largest for e in birth.operands if not math.isnan(e.largest) and not 1e38 < e.smallest == e.largest]
+    masks = [e for e in birth.operands if 1e38 < e.smallest == e.largest]
+    sizes = [e.largest for e in birth.operands if not math.isnan(e.largest) and e not in masks]
+    kinds = {e.dtype for e in shown}
     steps = {step: max(size for s, phase, *_, size in birth.trail if (s, phase) == (step, "update"))
              for step in {s for s, phase, *_ in birth.trail if phase == "update"}}
     grown = bool(steps) and steps[max(steps)] > 10 * steps[min(steps)]
     answers = ["Yes", "Yes" if birth.phase == "data" else "No"]
     at_once, largest = not losses[0] < 1000 * expected, max(sizes, default=0)
-    for answer in (any(e.dtype in (torch.float16, torch.bfloat16) for e in shown), at_once,
+    for answer in (torch.float16 in kinds or (torch.bfloat16 in kinds and bool(masks)), at_once,
                    largest > (100 if at_once else 1e10), grown, (last or birth.step) > 100):
         if tuple(answers) in dict(leaves()):
             break
