@@ -205,14 +205,15 @@ class Origin(NamedTuple):
 VERDICTS = {
     "bad data": "Mend the row where the data is made; isfinite().all() checks a batch",
     "bad weight": "Load another checkpoint, or initialise this weight anew",
-    "division by zero": "Clamp the denominator from below, add a small number to it (inside the root, if it is one), "
-                        "or skip the case",
+    "division by zero": "Make sure that the divisor cannot be 0: a clamp, or skip the case",
     "log of zero": "Use what takes logits (log_softmax, logsigmoid, …_with_logits), or clamp from below",
-    "log of a negative": "Make the argument positive: softplus, exp or a clamp",
+    "log of a negative": "Make the argument positive where it is made, by softplus or exp; a clamp hides it, and has "
+                         "no gradient below",
     "root of a negative": "Clamp the argument at a small positive number",
     "infinite slope": "Keep the argument off that point: sqrt(x + 1e-12), clamp(1e-12, …)",
     "outside the domain": "Clamp the argument to the inside of the domain",
-    "exp overflow": "Bound the exponent, subtract the largest first (logsumexp, softmax), or scale the input",
+    "exp overflow": "First ask what made the exponent so large: input scale, one bad row, learning rate. Then bound "
+                    "it, or subtract the largest first (logsumexp, softmax)",
     "empty softmax row": "Leave one entry of each row unmasked, or drop such rows",
     "mean of nothing": "Skip the empty case, or divide the sum by the count clamped at 1",
     "spread of one": "Drop the last batch of one, or use correction=0",
@@ -227,6 +228,7 @@ VERDICTS = {
     "constant normalised": "Drop the constant feature or row, or add an eps to its variance",
     "exploding gradient": "Shrink the repeated weights, normalise between layers, or cut the sequence",
     "no alignment": "Give more time steps than labels and repeats, or zero_infinity=True",
+    "mask overflow": "Use -1e4 in its place, or masked_fill with -inf that leaves one entry of each row",
     "zero times infinity": "Select with masked_fill or where; don't multiply by infinity",
     "unknown": "Look at the operands",
 }
@@ -239,6 +241,7 @@ _SOFTMAX = ("_softmax", "_log_softmax", "_safe_softmax", "_scaled_dot_product")
 _SUMS = ("mm", "mv", "conv", "dot", "norm", "sum", "mean", "var", "std", "lstm", "gru", "rnn", "softmax", "_scaled")
 _SLOPES = ("Sqrt", "Rsqrt", "Log", "Pow", "Acos", "Asin", "Acosh", "Atanh", "Xlogy", "Erfinv", "Norm", "Linalg",
            "Cdist")
+_SELECTS = "Where", "MaskedFill", "NanToNum"
 
 
 class _Growth(NamedTuple):
@@ -276,6 +279,9 @@ def _reason(birth, given, operands, result, notes, growth):
         if birth.node.startswith(_SLOPES):
             function = birth.node.partition("Backward")[0]
             return "infinite slope", f"the value of {function} is finite, its slope is infinite at {zeros} places"
+        if note.endswith("norm") and birth.phase == "backward":  # torch mends the first derivative alone
+            return "infinite slope", (f"{zeros} norms are 0, and there the second derivative of a norm (a gradient "
+                                      "penalty, a PINN) is NaN in today's torch too; take its square, or keep 0 out")
         if note.startswith("eps"):
             return "vanished eps", f"{zeros} denominators are 0: {note} is 0 in float16"
         if note in _SPREADS:
@@ -295,7 +301,7 @@ def _reason(birth, given, operands, result, notes, growth):
             _SOFTMAX[3]) and any((t == -math.inf).all(-1).any() for role, t in operands if role.startswith("attn"))):
         return "empty softmax row", "all entries of a row are -inf"
     if has_nan and (name.startswith("nll_loss") or any(not tensor.numel() for _, tensor in operands)):
-        return "mean of nothing", "no element is left to take the mean of: 0 / 0"
+        return "mean of nothing", "no element is left to take the mean of, or their weights sum to 0: 0 / 0"
     if name in _SPREADS and has_nan:
         return "spread of one", "one element has no deviation: 0 / (1 - 1)"
     if name.endswith("ctc_loss") and not has_nan:
@@ -308,6 +314,11 @@ def _reason(birth, given, operands, result, notes, growth):
         return "constant normalised", "its eps is 0"
     if name == "_weight_norm_interface" and has_nan and (tensors["v"] == 0).any():
         return "division by zero", "a row of the weight has length 0, and it is divided by its length"
+
+    if not has_nan and name in ("add", "sub", "_to_copy") and (result[result.isinf()] < 0).all() and any(
+            (tensor == torch.finfo(tensor.dtype).min).any() for _, tensor in operands if tensor.is_floating_point()):
+        what = "is rounded to" if name == "_to_copy" else "with another added, is"
+        return "mask overflow", f"the least finite number, as masks have it, {what} -inf"
 
     # an overflow, if the operands are large enough for one; straight to NaN it goes only in what sums
     if largest and (not has_nan or any(word in name for word in _SUMS)):
@@ -371,7 +382,7 @@ class NonFiniteError(FloatingPointError):
                 f"    {then}it reaches {reached}", "", f"{self.verdict}: {why}. {VERDICTS[self.verdict]}.", "",
                 "made of (|x|: from the smallest to the largest finite magnitude that is not 0)",
                 *(f"    {evidence}" for evidence in (*birth.operands, birth.result) if evidence), "",
-                "the largest magnitudes"]
+                "the largest magnitude made in each phase"]
         for step in sorted({entry[0] for entry in trail})[-4:]:
             parts = []
             for phase, tensors in (("forward", "output"), ("loss", "output"), ("backward", "gradient"), ("update", "")):
@@ -557,6 +568,7 @@ class watch(TorchDispatchMode):
         self.bad, self.losses, self.notes, self.origins = _Memory(), _Memory(), _Memory(), 0
         self.dropped, self.of_node, self.updates = _Memory(), (None, None), _Memory()  # see `_keep_notes`, `_look`
         self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
+        self.derived = set()  # the sequence numbers of nodes that torch's formula of a derivative made, and no owner
 
     def _start(self):
         self.started, self.sequence = True, torch.autograd._get_sequence_nr()
@@ -755,8 +767,12 @@ class watch(TorchDispatchMode):
             made = self._made(node, call, beyond_function=not torch.is_grad_enabled())
             for new in range(self.sequence, number):
                 self.made[new] = made
+            # the name of torch's own nodes ends in a digit, of an autograd.Function's not; a where's derivative is one
+            if node is not None and not call and node.name()[-1].isdigit() and not node.name().startswith(_SELECTS):
+                self.derived.update(range(self.sequence, number))
             if len(self.made) > 200_000:  # graphs that old are seldom alive
                 self.made = dict(list(self.made.items())[100_000:])
+                self.derived &= self.made.keys()
             self.sequence = number
         copy = None
         if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _COPIED:
@@ -849,7 +865,8 @@ class watch(TorchDispatchMode):
         name = _plain(operation.name)
         if phase == "backward":
             # where a branch was not taken its gradient is 0: which elements these are goes with it
-            if node.name().startswith(("Where", "MaskedFill", "NanToNum")):
+            # (the formula of a norm's slope has a masked_fill of its own)
+            if node.name().startswith(_SELECTS) and node._sequence_nr() not in self.derived:
                 self.dropped.put(results[0], results[0] == 0)
             elif self.dropped.kept:
                 dropped = [self.dropped.get(tensor)[:1] for tensor in _tensors(args)]

@@ -209,6 +209,60 @@ def test_a_gradient_of_zero_that_no_where_made_is_no_trap():
     assert error.verdict == "infinite slope"
 
 
+NORMS = {"linalg": lambda x: torch.linalg.norm(x, dim=1), "norm": lambda x: x.norm(dim=1),
+         "vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1)}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_second_derivative_of_a_norm_at_zero_is_no_trap_of_where(name):
+    net, X = linear()
+    X[3] = 0
+
+    def loss_of(step):
+        x = X.clone().requires_grad_()
+        lengths = NORMS[name](x).view(8, 1).expand(8, 4)
+        slope, = torch.autograd.grad(net(lengths).tanh().sum(), x, create_graph=True)
+        curve, = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return curve.square().mean()
+
+    error = death_of(lambda: descend(net, loss_of))
+    assert error.verdict == "infinite slope", str(error)
+    assert "1 of 8 norms" in str(error) and "second derivative" in str(error) and "where" not in str(error)
+
+
+def test_the_trap_of_where_is_told_in_a_second_derivative_too():
+    x = nn.Parameter(torch.tensor([0.0, 1.0, 1.5, 0.5]))
+
+    def loss_of(step):
+        slope, = torch.autograd.grad(torch.where(x > 0, x.log(), 0 * x).sum(), x, create_graph=True)
+        return torch.where(x > 0, slope, 0 * x).sum()
+
+    assert death_of(lambda: descend(nn.ParameterList([x]), loss_of)).verdict == "where trap"
+
+
+def test_weights_of_classes_that_sum_to_zero_are_told_of():
+    net = nn.Linear(4, 3)
+    error = death_of(lambda: F.cross_entropy(net(torch.ones(2, 4)), torch.tensor([1, 1]),
+                                             weight=torch.tensor([1.0, 0.0, 1.0])).backward())
+    assert error.verdict == "mean of nothing" and "or their weights sum to 0" in " ".join(str(error).split())
+
+
+def test_no_advice_invites_to_add_a_small_number_to_a_divisor():
+    x = torch.tensor([-1e-8, 0.5], requires_grad=True)
+    error = death_of(lambda: (1 / (x + 1e-8)).sum().backward())
+    assert error.verdict == "division by zero"
+    assert "add a small number" not in " ".join(str(error).split()) and "cannot be 0" in str(error)
+
+
+@pytest.mark.parametrize("mixed", [lambda x, mask: x.exp() * (mask + mask).softmax(1),
+                                   lambda x, mask: x.exp() * mask.bfloat16().softmax(1)])
+def test_a_mask_of_the_least_number_that_overflows_is_told_of(mixed):
+    net, X = linear()
+    mask = torch.full((8, 8), torch.finfo(torch.float32).min)
+    error = death_of(lambda: descend(net, lambda step: mixed(net(X), mask).sum()))
+    assert error.verdict == "mask overflow", str(error)
+
+
 def test_a_fill_value_is_not_blamed_on_a_weight_that_grew():
     net, X = linear()
     nn.init.constant_(net.bias, 1e-3)
