@@ -149,7 +149,7 @@ def gather():
             if cell.cell_type == "markdown":
                 cell.source = linked(cell.source, name)
                 if found := re.search(r"^(## The procedure\n.*?)(?=^## |\Z)", cell.source, re.DOTALL | re.MULTILINE):
-                    procedure = moved(found[1], name)  # where two notebooks have it, the later one's is the fuller
+                    procedure = moved(found[1], name)
             if cell.cell_type == "code":
                 cell.outputs = joined(cell.outputs)
         write(name, nbformat.writes(notebook))
