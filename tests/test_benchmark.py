@@ -60,3 +60,19 @@ def test_bad_options_end_with_one_line_that_names_them(tmp_path):
     with ThreadPoolExecutor(2) as two_at_a_time:
         for message, done in zip(cases.values(), two_at_a_time.map(lambda case: benchmark(*case), cases), strict=True):
             assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+def test_what_a_notebook_costs(tmp_path):
+    def costs(*options):
+        return subprocess.run([sys.executable, SCRIPT.with_name("notebooks.py"), *options], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+
+    done = costs("01_architecture", "--precision", "float32", "--json", "mine.json")
+    assert done.returncode == 0, done.stderr
+    found, = json.loads((tmp_path / "mine.json").read_text())["notebooks"]
+    assert found["notebook"] == "01_architecture" and 0.3 < found["gigabytes"] < 4 and found["seconds"] > 1
+    assert f"{found['seconds']:.0f} s" in done.stdout and f"{found['gigabytes']:.2f} GB" in done.stdout
+    refused = costs("01_architecture", "1_architecture")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(
+        "notebooks.py: error: '1_architecture' is not allowed; NAME is one of 01_architecture, 02_data_iterator,")
