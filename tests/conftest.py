@@ -1,4 +1,4 @@
-"""`pytest -m quick`: the tests of the helpers and of the project's files but for the slow ones, under a minute.
+"""`pytest -m quick`: the tests of the two modules and of the project's files but for the slow ones, under a minute.
 
 `--precision float32` or `--precision bfloat16` makes that the one which "auto" finds, whatever the processor is.
 """

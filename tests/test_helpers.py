@@ -1,5 +1,6 @@
-"""What a user relies on in helpers.py, on the real data sets."""
+"""What a user relies on in helpers.py and training.py, on the real data sets."""
 
+import base64
 import contextlib
 import copy
 import itertools
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,18 +23,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 import helpers
-from helpers import (
-    AlexNet,
-    History,
-    LeNet,
-    Sweep,
-    check_parameters,
-    evaluate,
-    init_weights,
-    load_data,
-    outcome,
-    train,
-)
+from helpers import AlexNet, LeNet, check_parameters, init_weights, load_data
+from training import History, Row, Sweep, evaluate, outcome, train
 
 CPU = torch.device("cpu")
 settings.register_profile("shared machine", deadline=None)  # a slow machine is no failure
@@ -350,14 +342,14 @@ def test_history_survives_json(loss, diverged_at):
 
 
 TRAINING = """
-import sys, torch, helpers
+import sys, torch, helpers, training
 train_iter, test_iter = helpers.load_data(image_size=67, batch_size=10, train_images=120, test_images=20)
 torch.manual_seed(0)
 net = helpers.init_weights(helpers.AlexNet(67, dropout=0.5), "kaiming").to(helpers.find_device())
 def momentum(parameters, lr): return torch.optim.SGD(parameters, lr, momentum=0.9)
 def schedule(optimizer): return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
-history = helpers.train(net, train_iter, test_iter, 2, 1e-4, optimizer=momentum, scheduler=schedule, log_every=5,
-                        checkpoint=sys.argv[1], checkpoint_every=3, progress=False)
+history = training.train(net, train_iter, test_iter, 2, 1e-4, optimizer=momentum, scheduler=schedule, log_every=5,
+                         checkpoint=sys.argv[1], checkpoint_every=3, progress=False)
 torch.save({"history": history.model_dump_json(), "net": net.state_dict()}, sys.argv[2])
 """
 
@@ -416,6 +408,27 @@ def test_what_a_killed_run_left_half_written_goes_at_its_next_start(tmp_path):
     assert not left.exists()
 
 
+def test_a_run_that_went_on_after_its_death_is_not_taken_up_again_by_one_that_would_have_stopped(tmp_path):
+    bad = [(torch.full((2, 1, 28, 28), math.nan), torch.tensor([0, 1]))] * 3
+    options = {"log_every": None, "checkpoint": tmp_path / "run.checkpoint", "progress": False}
+    dead = train(LeNet(), bad, None, 1, 0.1, stop_at_nonfinite=False, **options)
+    again = train(LeNet(), bad, None, 2, 0.1, **options)
+    assert dead.diverged_at == again.diverged_at == 1 and len(dead.loss) == len(again.loss) == 3
+
+
+def test_a_history_is_drawn_and_shown_with_its_alternative_text(monkeypatch):
+    shown, (figure, axes) = [], plt.subplots(1, 2)
+    monkeypatch.setattr(helpers.display, "display", lambda data, **_: shown.append(data))
+    row = Row(step=2, train_loss=1.5, train_accuracy=0.2, test_accuracy=0.3)
+    History(loss=[2.0, 1.0, math.inf], accuracy=[0.1, 0.2, 0.3], rows=[row], diverged_at=3).plot(axes, "A")
+    (loss, death), (accuracy, tested) = (axis.lines for axis in axes)
+    assert str(loss.get_ydata().tolist()) == "[2.0, 1.0, nan]" and death.get_xydata().tolist() == [[2, 1.0]]
+    assert [*accuracy.get_ydata()] == [0.1, 0.2, 0.3] and tested.get_xydata().tolist() == [[2, 0.3]]
+    helpers.show(figure, 'two "axes", loss < 3')
+    assert shown[0]["text/html"].startswith('<img alt="two &quot;axes&quot;, loss &lt; 3" src="data:image/png;base64,')
+    assert len(base64.b64decode(shown[0]["image/png"])) < 30_000 and not plt.fignum_exists(figure.number)
+
+
 # ------------------------------------------------------------------------------------------ outcome, sweeps
 @pytest.mark.parametrize(("losses", "expected"), [
     ([2.9, 1e5, 1e24, math.nan], "nan"), ([2.9, math.inf, 2.0], "nan"), ([2.9, 1e5, "NaN"], "nan"),
@@ -461,8 +474,8 @@ def test_a_sweep_keeps_what_is_finished_and_does_not_run_it_again(tmp_path):
 
 
 SWEEPING = """
-import sys, helpers
-sweep = helpers.Sweep(sys.argv[1], {"steps": 3})
+import sys, training
+sweep = training.Sweep(sys.argv[1], {"steps": 3})
 for number in range(int(sys.argv[2]), int(sys.argv[3])):
     sweep(lambda number: {"loss": [number]}, number=number)
 """

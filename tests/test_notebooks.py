@@ -31,7 +31,8 @@ from torch import nn
 
 import helpers
 import whynan
-from helpers import HERE, AlexNet, Parameters, Sweep
+from helpers import HERE, AlexNet, Parameters
+from training import Sweep, open_sweep, train
 
 FOLDER = HERE / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("*.ipynb"))
@@ -104,7 +105,8 @@ def test_anatomy(chapter):
     assert parameters.metadata.tags == ["parameters"]
     for line in parameters.source.splitlines():
         assert re.fullmatch(r"\w+: (str|int|float|bool) = .+  # .+", line), line
-    assert "check_parameters" in chapter.cells[2].source
+    behind = [*itertools.takewhile(lambda cell: cell.cell_type == "code", chapter.cells[2:])]  # imports, then the check
+    assert "\np = check_parameters(" in f"\n{behind[-1].source}"
     headings = re.findall(r"^## (.+)$", "\n".join(c.source for c in chapter.cells if c.cell_type == "markdown"), re.M)
     assert headings[-3:] == ["Check yourself", "Exercises", "Summary"]
     assert "save_results(p.results_path" in chapter.cells[-1].source
@@ -277,8 +279,8 @@ def test_networks_side_by_side_are_the_same_as_one_by_one(chapter_5):
             for layer, w in zip(net[1::2], weights, strict=True):
                 layer.weight.copy_(w[at].T)
         batch = [(X[at, ..., None, None], targets[at].argmax(1))]
-        alone = helpers.train(net, batch, None, 6, lr[at].item(), log_every=None, progress=False, live=False,
-                              precision="float32", stop_at_nonfinite=False).loss
+        alone = train(net, batch, None, 6, lr[at].item(), log_every=None, progress=False, live=False,
+                      precision="float32", stop_at_nonfinite=False).loss
         assert found[at].tolist() == pytest.approx(alone, rel=1e-3)
 
 
@@ -501,17 +503,17 @@ def test_a_sweep_without_a_file_shows_the_record_and_writes_nothing(tmp_path, ca
     recorded = HERE / "results" / "06_mnist.json"
     before = recorded.read_bytes()
     settings = json.loads(before)["settings"]
-    shown = helpers.open_sweep("", "06_mnist", settings)
+    shown = open_sweep("", "06_mnist", settings)
     assert shown.units == json.loads(before)["units"] and "06_mnist.json: cpu" in capsys.readouterr().out
     shown(lambda **_: {"loss": [1.0]}, remedy="none")
     assert recorded.read_bytes() == before
     for name, other in (("06_mnist", settings | {"steps": 7}), ("99_none", settings)):
-        assert not helpers.open_sweep("", name, other).units
+        assert not open_sweep("", name, other).units
         assert f"{name}.json: no record for these parameters" in capsys.readouterr().out
-    mine = helpers.open_sweep(tmp_path / "mine.json", "06_mnist", settings)
+    mine = open_sweep(tmp_path / "mine.json", "06_mnist", settings)
     assert not mine.units and not capsys.readouterr().out
     mine(lambda **_: {"loss": [1.0]}, remedy="none")
-    assert helpers.open_sweep(tmp_path / "mine.json", "06_mnist", settings).units == mine.units
+    assert open_sweep(tmp_path / "mine.json", "06_mnist", settings).units == mine.units
 
 
 # ------------------------------------------------------------------------------------------------ as programs
@@ -536,9 +538,9 @@ SMALL = {"image_size": 67, "batch_size": 50}
 LIVE = """
 import gc, sys
 sys.path.insert(0, {folder!r})
-import helpers
+import training
 from matplotlib.figure import Figure
-live, history = helpers._LiveFigure(True, "C"), helpers.History()
+live, history = training._LiveFigure(True, "C"), training.History()
 for loss in range(1, 6):
     history.loss.append(loss)
     history.accuracy.append(0.5)

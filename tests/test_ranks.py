@@ -11,14 +11,15 @@ import time
 import pytest
 import torch
 
-from helpers import HERE, History, LeNet, Sweep, evaluate, load_data, train
+from helpers import HERE, LeNet, load_data
+from training import History, Sweep, evaluate, train
 
 CPU = torch.device("cpu")
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
 
 SCRIPT = """
 import hashlib, json, os, pathlib, sys
-import torch, helpers, whynan
+import torch, helpers, training, whynan
 from torch import nn
 
 folder, rank, ranks = pathlib.Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -30,14 +31,14 @@ def start():
     torch.manual_seed(0)
     return helpers.LeNet()
 net = start()
-history = helpers.train(net, train_iter, test_iter, 2, 0.5, log_every=7, precision="float32", progress=False)
-result = helpers.evaluate(net, test_iter, "float32")
+history = training.train(net, train_iter, test_iter, 2, 0.5, log_every=7, precision="float32", progress=False)
+result = training.evaluate(net, test_iter, "float32")
 
 start()  # the same random numbers on each rank
 dropping = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
 momentum = lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=0.9)
-dropped = helpers.train(dropping, train_iter, None, 6, 0.02, optimizer=momentum, log_every=None, precision="float32",
-                        progress=False, checkpoint=folder / "checkpoint", checkpoint_every=4)
+dropped = training.train(dropping, train_iter, None, 6, 0.02, optimizer=momentum, log_every=None, precision="float32",
+                         progress=False, checkpoint=folder / "checkpoint", checkpoint_every=4)
 weights = [weight.detach().numpy().tobytes() for weight in dropping.parameters()]
 print(f"rank {rank} ended")
 if rank == 0:
@@ -54,7 +55,7 @@ if ranks == 2:
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), Root(), nn.Linear(4, 10))
     try:
         with whynan.watch(net):
-            helpers.train(net, train_iter, None, 1, 0.1, log_every=None, progress=False)
+            training.train(net, train_iter, None, 1, 0.1, log_every=None, progress=False)
     except whynan.NonFiniteError as error:
         (folder / f"report{rank}").write_text(f"{error.rank} {error.verdict}: {error}")
 """
@@ -138,7 +139,7 @@ def test_whynan_names_the_rank(spread):
 # -------------------------------------------------------------------------------------------- sweeps with Dask
 SWEEPING = """
 import sys, time
-import torch, helpers
+import torch, helpers, training
 
 path, scheduler, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
 batch = torch.rand(10, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(10)
@@ -147,10 +148,10 @@ def run(seed, lr):
     time.sleep(seconds)
     torch.manual_seed(seed)
     net = helpers.LeNet()
-    history = helpers.train(net, [batch] * 3, None, 1, lr, log_every=None, precision="float32", progress=False)
+    history = training.train(net, [batch] * 3, None, 1, lr, log_every=None, precision="float32", progress=False)
     return {"loss": history.loss}
 
-sweep = helpers.Sweep(path, {"steps": 3})
+sweep = training.Sweep(path, {"steps": 3})
 rates = map(float, sys.argv[4:])
 sweep.each(lambda seed, lr: sweep(run, seed=seed, lr=lr), [(seed, lr) for lr in rates for seed in range(4)], scheduler)
 """

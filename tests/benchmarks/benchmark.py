@@ -31,6 +31,7 @@ from tqdm import tqdm
 import helpers
 import whynan
 from helpers import AlexNet, init_weights, load_data, load_dataset
+from training import evaluate, train
 
 PARTS = ("training", "precision", "data", "evaluation", "watch", "memory", "growth")
 DEVICE = helpers.find_device()
@@ -134,13 +135,13 @@ def reference_training(options):
 
 
 def series_training(options, precision="auto"):
-    """`helpers.train` on `helpers.load_data`."""
+    """`training.train` on `helpers.load_data`."""
     net = fresh_net(options.image_size)
     train_iter, _ = load_data(batch_size=options.batch_size, image_size=options.image_size)
 
     def steps():
-        helpers.train(net, train_iter, None, options.steps / len(train_iter), 0.001, log_every=None, progress=False,
-                      live=False, precision=precision)
+        train(net, train_iter, None, options.steps / len(train_iter), 0.001, log_every=None, progress=False,
+              live=False, precision=precision)
 
     return steps
 
@@ -181,7 +182,7 @@ def roof(options):
 # ------------------------------------------------------------------------------------------------------ parts
 def training(options):
     contenders = {"the article's loop": article_training(options), "torchvision's manner": reference_training(options),
-                  "helpers.train": series_training(options)}
+                  "training.train": series_training(options)}
     images = options.steps * options.batch_size
     times = in_turn(contenders, options.repeats)
     # by itself: its operands take as much memory as all the contenders
@@ -190,7 +191,7 @@ def training(options):
 
 
 def precision(options):
-    contenders = {f"helpers.train in {name}": series_training(options, name) for name in ("float32", "bfloat16")}
+    contenders = {f"training.train in {name}": series_training(options, name) for name in ("float32", "bfloat16")}
     return median_rates(in_turn(contenders, options.repeats), options.steps * options.batch_size)
 
 
@@ -238,7 +239,7 @@ def evaluation(options):
         return sum((net(X.to(DEVICE)).argmax(1) == y.to(DEVICE)).sum().item() for X, y in loader) / options.test_images
 
     return median_rates(in_turn({"the article's way, on the test set": article,
-                                 "helpers.evaluate": lambda: helpers.evaluate(net, test_iter)}, options.repeats),
+                                 "training.evaluate": lambda: evaluate(net, test_iter)}, options.repeats),
                         options.test_images)
 
 
@@ -305,7 +306,7 @@ def memory(options):
     if sys.platform == "win32" and DEVICE.type != "cuda":
         return []
     rows, two_steps = [], argparse.Namespace(**vars(options) | {"steps": 2})
-    for name, contender in {"the article's loop": article_training, "helpers.train": series_training}.items():
+    for name, contender in {"the article's loop": article_training, "training.train": series_training}.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             rows.append({"what": name, "gigabytes": fresh.submit(peak_memory, contender, two_steps).result()})
     return rows
@@ -328,7 +329,7 @@ def one_step(batch_size, image_size, threads_used):
 
     def step():
         with threads(threads_used):
-            helpers.train(net, [batch], None, 1, 0.001, log_every=None, progress=False, live=False)
+            train(net, [batch], None, 1, 0.001, log_every=None, progress=False, live=False)
 
     return step
 
