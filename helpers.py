@@ -46,6 +46,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------------------------- parameters
 def not_allowed(name, value, allowed):
+    """The ValueError that says in one line what was wrong, and what is right."""
     return ValueError(f"{name} = {value!r} is not allowed; {name} is {allowed}")
 
 

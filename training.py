@@ -169,9 +169,7 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     optimizer = optimizer(net.parameters(), lr=p.lr)
     scheduler = scheduler(optimizer) if scheduler else None
     total = max(1, round(p.num_epochs * len(train_iter)))
-    data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
-    about = f"{net}\noptimizer {type(optimizer).__name__}, schedule {type(scheduler).__name__}, lr {p.lr}, {data}"
-    saved = _Checkpoint(checkpoint, about, {"net": net, "optimizer": optimizer, "scheduler": scheduler})
+    saved = _Checkpoint(checkpoint, net, optimizer, scheduler, p.lr, train_iter)
     model = _on_all_ranks(net, optimizer)
     history = saved.load()
     if history.diverged_at and stop_at_nonfinite:
@@ -236,7 +234,6 @@ def _beside(history, total, progress, figure, saved, checkpoint_every, log_every
         figure.update(history)
 
     first = not find_rank()[0]
-    figure.wanted &= first
     figure.update(history)  # above the bar
     try:
         with tqdm(total=total, initial=len(history.loss), unit="step", file=sys.stdout,
@@ -250,8 +247,8 @@ class _LiveFigure:
     """Shows a History while it grows, in one place of the notebook; nothing where there is none."""
 
     def __init__(self, wanted, run):
-        self.wanted, self.run, self.drawn, self.pause = wanted and hasattr(get_ipython(), "kernel"), run, 0.0, 3.0
-        self.place = display.DisplayHandle().display_id
+        self.wanted = wanted and hasattr(get_ipython(), "kernel") and not find_rank()[0]
+        self.run, self.drawn, self.pause, self.place = run, 0.0, 3.0, display.DisplayHandle().display_id
 
     def update(self, history, seconds_between=None):
         """Draws, if the last drawing is so many seconds ago; None: so many that drawing takes 1/20 of the time."""
@@ -269,9 +266,13 @@ class _LiveFigure:
 class _Checkpoint:
     """The state of one training run in one file; with no path it does nothing."""
 
-    def __init__(self, path, run, parts):
-        self.path, self.run = path, run  # `run` describes what must be the same when the run is taken up again
-        self.parts = {name: part for name, part in parts.items() if part is not None}
+    def __init__(self, path, net, optimizer, scheduler, lr, train_iter):
+        self.path, self.parts = path, {"net": net, "optimizer": optimizer}
+        if scheduler:
+            self.parts["scheduler"] = scheduler
+        data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
+        # what must be the same when the run is taken up again
+        self.run = f"{net}\noptimizer {type(optimizer).__name__}, schedule {type(scheduler).__name__}, lr {lr}, {data}"
 
     def save(self, history):
         """Rank 0 writes, and with it the random numbers of each rank."""
@@ -347,7 +348,7 @@ def _of_the_batch(loss, logits, y):
     if ranks == 1:
         return loss, loss.item(), right.float().mean().item()
     loss = loss * len(y) if len(y) else logits.sum()  # of no images: 0, and so are its gradients
-    sums = torch.stack([loss.detach().double(), right.sum().double(), torch.ones_like(right).sum().double()])
+    sums = torch.tensor([loss.item(), right.sum().item(), len(y)], dtype=torch.float64, device=loss.device)
     distributed.all_reduce(sums)
     total, right, images = sums.tolist()
     return loss * (ranks / images), total / images, right / images
