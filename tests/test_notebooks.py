@@ -95,7 +95,7 @@ def test_figures_are_small_and_have_a_text(notebook):
 def test_cells_are_short_enough_to_read(notebook):
     for cell in code(notebook):
         lines = cell.source.splitlines()
-        assert len(lines) <= 26 and max(map(len, lines)) <= 112, cell.source
+        assert len(lines) <= 22 and max(map(len, lines)) <= 112, cell.source
 
 
 def test_anatomy(chapter):
@@ -172,8 +172,8 @@ BORN = [types.SimpleNamespace(phase=phase) for phase in ("loss", "forward", "upd
     ("04_fixed_lr", 1, 54.6, 3.78), ("04_fixed_lr", 2, (4, 6), (1, 8)), ("04_fixed_lr", 3, 0.168, 0.97),
     ("04_fixed_lr", 4, (0.77, 0.46), (0.46, 0.77)),
     ("05_stability_map", 1, 0.42, 0.5), ("05_stability_map", 2, 10, 1), ("05_stability_map", 3, 2.1, 32),
-    ("05_stability_map", 4, (7.0, 7.55), (7.0, 7.0)), ("06_remedies", 1, 4.64, 10), ("06_remedies", 2, 0.16, 0.08),
-    ("06_remedies", 3, 52, 186), ("06_remedies", 4, (2.62, False), (2.62, True)),
+    ("05_stability_map", 4, (7.0, 7.55), (7.0, 7.0)), ("06_remedies", 1, 3.84, 10), ("06_remedies", 2, 4.3, 1),
+    ("06_remedies", 3, 53, 190), ("06_remedies", 4, (2.62, False), (2.62, True)),
     ("08_speedrun", 1, (0.033, 0.238), (0.238, 0.033)), ("08_speedrun", 2, 0.33, 0.14),
     ("08_speedrun", 3, PLACES, PLACES.roll(1, 0)), ("08_speedrun", 4, (-0.32, 1.98), (-0.24, 1.51)),
     ("08_speedrun", 5, (0.938, 0.738), (0.738, 0.938))])
@@ -659,7 +659,8 @@ def test_06_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
 
     first = until(2)
     second = until(len(first) + 2)
-    assert second[:len(first)] == first and first[0]["remedy"].startswith("smaller LR") and first[0]["lr"] == 0.1
+    assert second[:len(first)] == first and len({json.dumps(unit) for unit in second}) == len(second)
+    assert (first[0]["network"], first[0]["remedy"], first[0]["lr"]) == ("AlexNet", "a smaller rate alone", 0.00032)
     assert not (tmp_path / "results.json").exists()
 
 

@@ -313,7 +313,7 @@ def test_figures_of_the_speedrun_are_those_of_its_records():
     first = next(row for row in record("04_mnist")["history"]["rows"] if row["test_accuracy"] >= 0.98)
     factor = 100 * first["step"] * article["seconds"][-1] / 3000 / told["chosen", 4000][1]
     assert f"{factor:.0f} times, to 98%: but that compares us with a rate that never falls" in text
-    assert max(unit["test_accuracy"] or 0 for unit in record("06_mnist")["units"]) < 0.95
+    assert max(unit.get("test_accuracy", 0) for unit in record("06_mnist")["units"]) < 0.97
     mild = runs("08_mnist", at_random, 5000, tested=True)
     assert (f"{mean(mild, 'held_out'):.4f} of the held-out images were right, and {random[5000]:.4f} of the test set"
             ) in text
@@ -385,17 +385,23 @@ def test_figures_quoted_in_prose_are_those_of_the_records():
     assert 85 < sum(unit["seconds"] for unit in panels) < 96 and "took a minute and a half on one core" in text
     assert f"These {sum(len(row) for unit in panels for row in unit['rows']):,} runs" in text
 
-    def first_losses(remedy):
-        return [float(unit["loss"][0]) for unit in remedies if unit["remedy"] == remedy]
-
-    patient = "smaller LR, nothing else"
-    missed = next(u for u in remedies if (u["remedy"], u["lr"], u["seed"]) == (patient, 0.0032, 0))
     text = prose("06_remedies")
-    assert f"reads {missed['test_accuracy']:.0%} of the digits all the same" in text
-    assert f"by {final_loss(missed['loss']) - 0.9 * math.log(10):.2f} and reads" in text
-    large, usual = (f"{min(losses):.0f} to {max(losses):.0f}"
-                    for losses in map(first_losses, ("input normalisation", patient)))
-    assert f"the first loss is {large} instead of {usual}" in text
+    runs = {(unit["network"], unit["remedy"], unit["lr"], unit["seed"]): unit for unit in remedies
+            if unit["steps"] in (20, 100)}
+
+    def first_losses(network):
+        return [unit["loss"][0] for place, unit in runs.items()
+                if place[:2] == (network, "a smaller rate alone")]
+
+    assert f"Its first loss is {min(first_losses('transformer')):.1f} to {max(first_losses('transformer')):.1f}," in text
+    judged = [runs["AlexNet", "BatchNorm", 0.01, seed] for seed in range(6)]
+    lost = statistics.fmean(unit["test_accuracy_anew"] - unit["test_accuracy"] for unit in judged)
+    assert abs(lost - 1 / 8) < 0.01 and "an eighth of the images is lost" in text
+    long = {(unit["remedy"], unit["seed"]): unit.get("test_accuracy_anew", unit["test_accuracy"])
+            for unit in remedies if unit["steps"] == 150}
+    gains = {remedy: statistics.fmean(long[remedy, seed] - long["a smaller rate alone", seed] for seed in range(3))
+             for remedy in ("BatchNorm", "Adam")}
+    assert f"0.31 for BatchNorm and is {gains['BatchNorm']:.2f}, was 0.16 for Adam and is {gains['Adam']:.2f}" in text
 
 
 def speed_table(precision, name, memory):
