@@ -226,7 +226,10 @@ def test_recorded_runs_are_whole():
             assert maps and all(unit["loss"] and unit["lr"] > 0 for unit in maps) and found["settings"]["steps"]
             assert all(unit.get("rate", 1) > 0 for unit in found["units"])
         elif "units" in found:
-            assert all(unit["loss"] and unit["lr"] > 0 for unit in found["units"]) and found["settings"]["steps"]
+            assert all(unit["loss"] and unit["lr"] > 0 if unit["steps"] else unit["curvature"] > 0
+                       for unit in found["units"]) and found["settings"]["steps"]
+        elif name.startswith("notebooks"):
+            assert all(row["seconds"] > 1 and row["gigabytes"] > 0.1 for row in found["notebooks"])
         else:
             history = History.model_validate(found["history"])
             assert history.rows[-1].step == len(history.loss)
