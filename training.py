@@ -348,7 +348,7 @@ def _of_the_batch(loss, logits, y):
     if ranks == 1:
         return loss, loss.item(), right.float().mean().item()
     loss = loss * len(y) if len(y) else logits.sum()  # of no images: 0, and so are its gradients
-    sums = torch.tensor([loss.item(), right.sum().item(), len(y)], dtype=torch.float64, device=loss.device)
+    sums = torch.stack([loss.detach().double(), right.sum().double(), right.new_tensor(len(y), dtype=torch.float64)])
     distributed.all_reduce(sums)
     total, right, images = sums.tolist()
     return loss * (ranks / images), total / images, right / images
