@@ -644,7 +644,8 @@ class watch(TorchDispatchMode):
         @functools.wraps(original)
         def backward(outputs, *args, **kwargs):
             inner = original.__name__ == "grad" and kwargs.get("create_graph")  # a part of the loss
-            if threading.get_ident() != self.thread or self.error or inner:
+            # within another it belongs to that one; and torch calls itself anew under torch.set_default_device
+            if threading.get_ident() != self.thread or self.error or inner or self.in_backward:
                 return original(outputs, *args, **kwargs)
             for loss in _tensors(outputs) if self.started else ():
                 if not math.isfinite(self._measure(loss)):
@@ -847,6 +848,12 @@ class watch(TorchDispatchMode):
             return
         named = named or [*zip(operation.roles, args, strict=False), *kwargs.items()]
         worst = max(bad, key=lambda pair: math.isnan(pair[1]))[0]
+        # of an operation on lists, as optimizers use on a GPU, only what stands at the same place made the bad value
+        made = [result] if operation.name.startswith("_foreach_") and not written else []
+        for several in [*(value for role, value in named if role in operation.written), *made]:
+            if isinstance(several, (list, tuple)) and (place := [i for i, t in enumerate(several) if t is worst]):
+                named = [(role, value[place[0]] if isinstance(value, (list, tuple)) and len(value) == len(several)
+                          else value) for role, value in named]
         origin = self._origin(operation, named, worst, node, call, copy, phase)
         for tensor, _ in bad:
             self.bad.put(tensor, origin)

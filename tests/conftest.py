@@ -1,8 +1,10 @@
 """`pytest -m quick`: the tests of the two modules and of the project's files but for the slow ones, under a minute.
 
 `--precision float32` or `--precision bfloat16` makes that the one which "auto" finds, whatever the processor is.
+`--device cuda` puts tensors and networks there that a test makes without saying where.
 """
 
+import contextlib
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: their threads, and their kernels', would only collide
@@ -10,10 +12,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: their threads, 
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+import whynan
 
 
 def pytest_addoption(parser):
     parser.addoption("--precision", choices=["float32", "bfloat16"], help="what precision 'auto' finds in this process")
+    parser.addoption("--device", help="where tests make tensors that are told no place, as cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +30,46 @@ def forced_precision(request, monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
 
 
+# a loader that hands out NumPy's arrays; memory written by NumPy; torch.multinomial of NaN, a device-side assert
+ONLY_ON_THE_CPU = "nan_in_a_row", "inf_in_a_label", "is_filled_again", "own_guard"
+
+
+class DrawnOnTheCpu(TorchFunctionMode):
+    """New tensors go to a device, with the CPU's random numbers: a case then dies there as it dies everywhere."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = torch.device(device)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _device_constructors() and kwargs.get("device") is None:
+            wants_gradient = kwargs.pop("requires_grad", False)
+            made = func(*args, **kwargs).to(self.device)
+            return made.requires_grad_() if wants_gradient else made
+        if func.__name__ in ("normal_", "uniform_", "random_", "bernoulli_") or (
+                getattr(func, "__module__", "") == "torch.nn.init"):
+            tensor, *args = args if args else (kwargs.pop("tensor"),)
+            with torch.no_grad():
+                return tensor.copy_(func(tensor.detach().cpu(), *args, **kwargs))
+        if func.__name__ in ("randn_like", "rand_like"):
+            return func(args[0].cpu(), *args[1:], **kwargs).to(args[0].device)
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def on_device(request, monkeypatch):
+    if device := request.config.getoption("--device"):
+        monkeypatch.setattr(whynan, "_OWN", (*whynan._OWN, __file__))  # this file is no user's
+    with DrawnOnTheCpu(device) if device else contextlib.nullcontext():
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    device = config.getoption("--device")
     for item in items:
+        if device and any(name in item.name for name in ONLY_ON_THE_CPU):
+            item.add_marker(pytest.mark.skip(reason="NumPy writes its data, or on a GPU its error ends all that comes"))
         if item.path.name in ("test_helpers.py", "test_project.py") and not item.get_closest_marker("slow"):
             item.add_marker("quick")

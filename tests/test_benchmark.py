@@ -27,7 +27,7 @@ def test_every_part_gives_a_table_and_the_same_as_json(tmp_path):
     for name, value in found["environment"].items():
         assert f"{name:12s} {value}" in done.stdout.splitlines()
     parts = found["benchmark"]
-    assert list(parts) == ["training", "precision", "data", "evaluation", "watch", "memory", "growth"]
+    assert list(parts) == ["training", "precision", "choices", "data", "evaluation", "watch", "memory", "growth"]
     for part, rows in parts.items():
         assert rows or sys.platform == "win32"
         for row in rows:

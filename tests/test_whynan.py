@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from instrument import births
 from nan_cases import DEATHS, HEALTHY
@@ -50,6 +50,11 @@ def truth_of(error):
     return error.step, error.phase, error.module, error.operation
 
 
+def one_by_one(operation):
+    """On a GPU optimizers step on lists of weights."""
+    return operation.removeprefix("_foreach_")
+
+
 def bits(tensors):
     return [tensor.detach().reshape(-1).view(torch.uint8).tolist() for tensor in tensors]
 
@@ -76,12 +81,13 @@ def no_trace():
 @pytest.mark.parametrize("name", DEATHS)
 def test_of_each_case_the_birth_is_told_as_an_independent_instrument_sees_it_and_the_cure_is_silent(name):
     truth, losses = DEATHS[name], []
-    seen = {(operation, node is not None) for operation, node, _ in births(
+    seen = {(one_by_one(operation), node is not None) for operation, node, _ in births(
         lambda: losses.extend(truth.run(cured=False)), nan_of_inf=True)}
     assert not math.isfinite(losses[-1])
     assert (truth.operation, truth.phase == "backward") in seen or not truth.operation
     error = death_of(lambda: truth.run(cured=False))
-    assert (*truth_of(error), error.verdict) == (truth.step, truth.phase, truth.module, truth.operation, truth.verdict)
+    assert (error.step, error.phase, error.module, one_by_one(error.operation), error.verdict) == (
+        truth.step, truth.phase, truth.module, truth.operation, truth.verdict)
     assert truth.line in error.line.text and error.verdict in VERDICTS
     with whynan.watch():
         assert all(map(math.isfinite, truth.run(cured=True)))
@@ -138,7 +144,7 @@ class Plan(NamedTuple):
         schedule = optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
         with watch(net):
             for batch in range(4):
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                with torch.autocast(net[-1].weight.device.type, torch.bfloat16, enabled=self.half):
                     loss = F.mse_loss(net(torch.randn(4, 3, 8)), torch.randn(4, 3, 2))
                 (loss / self.accumulate).backward()
                 losses.append(loss.detach())
@@ -254,6 +260,7 @@ class Birth(NamedTuple):
                 cell.parts = {phase: self.parts(phase, step, name) for phase in ("forward", "backward")}
             x = torch.randn(4, 4)
             if (self.phase, self.step) == ("enters", step):
+                assume(not x.is_cuda)  # or NumPy could not write there
                 x.numpy()[self.place] = self.value
             keep, top, below = self.parts("data", step)
             x = x * keep + top / below  # data
@@ -390,11 +397,12 @@ def test_a_weight_that_an_update_by_hand_spoils_is_told(spoil, network, bad_step
 
 def batches(accumulate, optimizers, scaled=False, spoilt=NAN, data=False, harmless=0):
     """Trains on batches 1, 2, …; the spoilt one's loss, or data, are bad; a bad value is read in the harmless ones."""
-    net, scaler = nn.Linear(2, 1), torch.amp.GradScaler("cpu", 2.0**10, enabled=scaled)
+    net = nn.Linear(2, 1)
+    scaler = torch.amp.GradScaler(net.weight.device.type, 2.0**10, enabled=scaled)
     descents = [optim.SGD(net.parameters(), lr=1e-3) for _ in range(optimizers)]
     for batch in range(1, 20):
         x = torch.ones(2) / torch.tensor(float(not data or batch != spoilt))  # birth
-        with torch.autocast("cpu", torch.float16, enabled=scaled):
+        with torch.autocast(x.device.type, torch.float16, enabled=scaled):
             out = net(x)
         if batch <= harmless:
             (out * NAN).sum().item()
@@ -492,7 +500,7 @@ def without_length(net, x, divisor):
 @torch.library.custom_op("whynan_test::quotient", mutates_args=())
 def quotient(x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return torch.from_numpy(x.numpy() / divisor.numpy())
+        return torch.from_numpy(x.cpu().numpy() / divisor.cpu().numpy()).to(x.device)
 
 
 quotient.register_autograd(lambda ctx, gradient: (gradient, None))
@@ -570,8 +578,13 @@ def group(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_loops_as_people_write_them_are_watched_and_their_deaths_named(name):
-    loop, truth = LOOPS[name]
+@pytest.mark.parametrize("device", [None, "cpu"])  # as torch.set_default_device has it
+def test_loops_as_people_write_them_are_watched_and_their_deaths_named(name, device):
+    with torch.device(device) if device else contextlib.nullcontext():
+        its_death_is_named(*LOOPS[name], name)
+
+
+def its_death_is_named(loop, truth, name):
     with whynan.watch() as watch:
         watched = loop(name, lambda step: 1.0)
     assert watched == loop(name, lambda step: 1.0) and all(map(math.isfinite, watched)) and watch.trail

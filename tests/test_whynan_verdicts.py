@@ -36,7 +36,7 @@ def linear():
 # ----------------------------------------------------------------------------------------------- is it told?
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes before")
 @pytest.mark.parametrize("guard", [
-    lambda net, loss: math.isfinite(float(loss.detach().numpy())) or 1 / 0,
+    lambda net, loss: math.isfinite(float(loss.detach().cpu().numpy())) or 1 / 0,
     lambda net, loss: torch.distributions.Categorical(logits=loss.detach().expand(3), validate_args=True),
     lambda net, loss: torch.multinomial(loss.detach().expand(3), 1)])
 def test_an_error_of_the_owners_own_guard_comes_out_as_it_is_with_the_report_as_a_note(guard):
@@ -187,6 +187,20 @@ def test_an_optimizer_that_steps_within_backward_is_an_update():
     error = death_of(lambda: (net(1e-3 * X.half()).mean() * 1e-3).backward())
     assert (error.step, error.phase, error.verdict) == (1, "update", "Adam's denominator")
     assert "# birth" in error.line.text
+
+
+@pytest.mark.parametrize("foreach", [False, True])  # True is what an optimizer does by itself on a GPU
+@pytest.mark.parametrize("sick", [0, 1, 2])
+def test_of_an_optimizer_that_steps_on_lists_the_one_sick_weight_is_told(sick, foreach):
+    torch.manual_seed(0)
+    net = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3)).half()
+    optimizer = torch.optim.Adam(net.parameters(), foreach=foreach)
+    for number, layer in enumerate(net):
+        layer.weight.grad = torch.full((4, 4), float(number != sick)).half()
+    error = death_of(lambda: optimizer.step(), net=net)  # birth
+    assert (error.step, error.phase, error.module, error.verdict) == (1, "update", str(sick), "Adam's denominator")
+    assert [operand.name for operand in error.operands] == [f"tensor1 = exp_avg of {sick}.weight", "tensor2"]
+    assert "16 of 16 denominators" in str(error) and "# birth" in error.line.text
 
 
 # ------------------------------------------------------------------------------------------------- verdicts

@@ -10,6 +10,7 @@ the median of the repeats. Ratios are to be trusted more than rates: machines ar
 
 import argparse
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import pathlib
@@ -33,7 +34,7 @@ import whynan
 from helpers import AlexNet, init_weights, load_data, load_dataset
 from training import evaluate, train
 
-PARTS = ("training", "precision", "data", "evaluation", "watch", "memory", "growth")
+PARTS = ("training", "precision", "choices", "data", "evaluation", "watch", "memory", "growth")
 DEVICE = helpers.find_device()
 PRECISION = helpers.find_precision(DEVICE)
 
@@ -134,14 +135,14 @@ def reference_training(options):
     return steps
 
 
-def series_training(options, precision="auto"):
+def series_training(options, precision="auto", change=lambda net: net, optimizer=torch.optim.SGD):
     """`training.train` on `helpers.load_data`."""
-    net = fresh_net(options.image_size)
+    net = change(fresh_net(options.image_size))
     train_iter, _ = load_data(batch_size=options.batch_size, image_size=options.image_size)
 
     def steps():
-        train(net, train_iter, None, options.steps / len(train_iter), 0.001, log_every=None, progress=False,
-              live=False, precision=precision)
+        train(net, train_iter, None, options.steps / len(train_iter), 0.001, optimizer=optimizer, log_every=None,
+              progress=False, live=False, precision=precision)
 
     return steps
 
@@ -192,6 +193,58 @@ def training(options):
 
 def precision(options):
     contenders = {f"training.train in {name}": series_training(options, name) for name in ("float32", "bfloat16")}
+    return median_rates(in_turn(contenders, options.repeats), options.steps * options.batch_size)
+
+
+@contextlib.contextmanager
+def changed(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class Unshuffled(nn.Conv2d):
+    """conv1 with each 4 × 4 pixels as 16 channels: the same products, summed in another order, in a form that suits
+    matrix units better than one channel. For pictures whose side is a multiple of 4.
+    """
+
+    def forward(self, X):
+        weight = F.pixel_unshuffle(F.pad(self.weight, (0, 1, 0, 1)), 4)  # (96, 1, 12, 12) to (96, 16, 3, 3)
+        return F.conv2d(F.pixel_unshuffle(X, 4), weight, self.bias)
+
+
+def with_unshuffled_conv1(net):
+    net.conv1.__class__ = Unshuffled
+    return net
+
+
+def choices(options):
+    """What else torch offers to make a step faster: each by itself, against `training.train` as it is."""
+    def with_change(*change, **how):
+        steps = series_training(options, **how)
+
+        def take():
+            with changed(*change) if change else contextlib.nullcontext():
+                steps()
+
+        return take
+
+    contenders = {
+        "training.train": with_change(), "again, to see the noise": with_change(),
+        "without channels_last": with_change(torch, "channels_last", torch.contiguous_format),
+        "cudnn.benchmark": with_change(torch.backends.cudnn, "benchmark", True),
+        "fused SGD": with_change(optimizer=functools.partial(torch.optim.SGD, fused=True))}
+    if options.image_size % 4 == 0:
+        contenders["conv1 unshuffled"] = with_change(change=with_unshuffled_conv1)
+    if DEVICE.type == "cuda":  # elsewhere it wants a compiler that few have
+        compiled, graphs = (functools.partial(torch.compile, mode=mode) for mode in (None, "reduce-overhead"))
+        contenders |= {"torch.compile": with_change(change=compiled),
+                       "torch.compile, CUDA graphs": with_change(change=graphs),
+                       "both, and conv1 unshuffled": with_change(
+                           change=lambda net: graphs(with_unshuffled_conv1(net)))}
     return median_rates(in_turn(contenders, options.repeats), options.steps * options.batch_size)
 
 
@@ -352,6 +405,7 @@ def growth(options):
 # ----------------------------------------------------------------------------------------------------- table
 def print_part(part, rows):
     titles = {"training": "training, images a second", "precision": "training by precision, images a second",
+              "choices": "training with one choice changed, images a second",
               "data": "data iterator, images a second",
               "evaluation": "evaluation, images a second",
               "watch": "training watched by whynan, examples a second, and times as long",

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that a machine with CUDA can tell about this project, in eight minutes and without network:
 #
-#     tests/benchmarks/on_gpu.sh OUT [WHEELS]         tests, notebooks 3, 4 and 7, benchmark: JSON files and logs in OUT
+#     tests/benchmarks/on_gpu.sh OUT [WHEELS]         tests, notebooks 3, 4 and 7, benchmark, the long runs of 4 and 8:
+#                                                     JSON files and logs in OUT
 #     tests/benchmarks/on_gpu.sh --wheels WHEELS      before, on a machine with network: what that one may lack
 #
-# torch and torchvision must be there (PYTHON=… says in which Python; else python3); what else is missing is installed
-# from WHEELS, into OUT. For a machine of another kind add pip's own words, as in: --wheels WHEELS --python-version 3.12
-# --platform manylinux2014_x86_64. Where there is no CUDA, all of it runs on the CPU, with small sizes, to try the script.
-# OUT/summary.json has each part's exit status and seconds; the script fails if one of them does.
+# torch and torchvision must be there (PYTHON=… says in which Python; else python3); all that lies in WHEELS goes into
+# OUT, so take out what the machine has. For a machine of another kind add pip's own words, as in: --wheels WHEELS
+# --python-version 3.12 --platform manylinux2014_x86_64. Where there is no CUDA, all of it runs on the CPU, with small
+# sizes, to try the script. OUT/summary.json has each part's exit status and seconds; if one fails, the script does.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
@@ -29,7 +30,7 @@ if [ "${1:-}" = --wheels ]; then
     exit
 fi
 if [ $# -lt 1 ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 mkdir -p "$1"
@@ -40,17 +41,17 @@ beside=$(echo "$out"/venv/lib/python3*/site-packages)/beside.pth  # a venv of a 
 "$python" -c 'import site; [print(f"import site; site.addsitedir({p!r})") for p in site.getsitepackages()]' > "$beside"
 own=$out/venv/bin/python
 if [ $# -gt 1 ]; then
-    # shellcheck disable=SC2086
-    "$own" -m pip install -q --no-index --find-links "$2" $needed $with_torch > "$out/install.log" 2>&1 ||
+    "$own" -m pip install -q --no-index --no-deps "$2"/*.whl > "$out/install.log" 2>&1 ||
         { tail -5 "$out/install.log"; exit 1; }
 fi
 export PYTHONPATH=$top JUPYTER_PREFER_ENV_PATH=1 MPLBACKEND=agg PATH=$out/venv/bin:$PATH
 cd "$top"
 
-small=() tests=() sizes=()
+device=(--device cuda) tests=() sizes=() pixels=() epochs=(-p num_epochs 5 -p batch_size 100)
+runs="4000 7000" seeds="0 1 2"
 if ! "$own" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA here: small sizes on the CPU"
-    small=(-p image_size 67) tests=(-k "evaluation or exp or sweep or loss")
+    device=() tests=(-k "evaluation or exp or sweep or loss") pixels=(-p image_size 67) epochs=() runs=200 seeds=0
     sizes=(--repeats 1 --steps 1 --batch-size 5 --image-size 67 --workers 1 --data-batches 2 --test-images 10
            --batch-sizes 2 3 --image-sizes 67)
 fi
@@ -64,19 +65,32 @@ part() {  # part NAME COMMAND…: its output goes to OUT/NAME.log, its exit stat
     echo "$name: exit status $status, $((SECONDS - start)) s"
 }
 pytest=("$own" -m pytest -q -p no:cacheprovider -o addopts= --durations=5 "${tests[@]}")
+notebook() {  # notebook NAME FILE PARAMETERS…
+    local name=$1 file=$2
+    shift 2
+    part "$name" "$own" -m papermill --no-progress-bar -k python3 "notebooks/$file" "$out/$name.ipynb" \
+         -p results_path "$out/$name.json" "$@"
+}
 rm -f "$out"/*.status
-for name in test_helpers test_whynan test_whynan_verdicts; do
-    part "$name" "${pytest[@]}" --junitxml="$out/$name.xml" "tests/$name.py" &
-done
-for notebook in notebooks/03_*.ipynb notebooks/04_*.ipynb notebooks/07_*.ipynb; do
-    if [ -f "$notebook" ]; then
-        name=$(basename "$notebook" .ipynb)
-        part "$name" "$own" -m papermill -k python3 "$notebook" "$out/$name.ipynb" \
-             -p results_path "$out/$name.json" "${small[@]}" &
-    fi
+export OMP_NUM_THREADS=$(( ($(nproc) + 7) / 8 ))  # with more, the eight at once would only wait for each other
+part test_helpers "${pytest[@]}" tests/test_helpers.py &
+part test_whynan "${pytest[@]}" "${device[@]}" tests/test_whynan.py &
+part test_whynan_verdicts "${pytest[@]}" "${device[@]}" tests/test_whynan_verdicts.py &
+notebook 03_failing_lr 03_failing_lr.ipynb "${pixels[@]}" &
+notebook 04_fixed_lr 04_fixed_lr.ipynb "${pixels[@]}" &
+notebook 07_clinic 07_clinic.ipynb &
+for dataset in MNIST FashionMNIST; do
+    notebook "04_$dataset" 04_fixed_lr.ipynb -p dataset "$dataset" "${epochs[@]}" "${pixels[@]}" &
 done
 wait
-# alone, since it measures
+unset OMP_NUM_THREADS
+# one at a time from here, since these measure
+for seed in $seeds; do
+    for images in $runs; do
+        notebook "08_${images}_$seed" 08_speedrun.ipynb -p train_images "$images" -p test_images 0 -p seed "$seed" \
+                 "${pixels[@]}"
+    done
+done
 part benchmark "$own" tests/benchmarks/benchmark.py "${sizes[@]}" --json "$out/benchmark.json"
 { echo "{"; cat "$out"/*.status | paste -sd,; echo "}"; } > "$out/summary.json"
 rm -f "$out"/*.status

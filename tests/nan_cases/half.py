@@ -106,7 +106,7 @@ def adam_in_half(cured):
 def scaled_steps(net, optimizer, batches, scale, growth):
     """The loss is scaled against underflow, and the scale grows; nobody looks whether a gradient is inf."""
     for X, y in batches:
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(X.device.type, dtype=torch.float16):
             loss = F.cross_entropy(net(X), y)
         yield loss.item()
         (scale * loss).backward()

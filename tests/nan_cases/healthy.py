@@ -113,10 +113,11 @@ def float16_warm_up():
     for options in ({}, {"fused": True}):
         torch.manual_seed(0)
         net, x, y = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), torch.randn(32, 8), torch.randn(32, 1)
-        optimizer, scaler = torch.optim.Adam(net.parameters(), lr=0.1, **options), torch.amp.GradScaler("cpu", 2.0**17)
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.1, **options)
+        scaler = torch.amp.GradScaler(x.device.type, 2.0**17)
         for _ in range(5):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.float16):
+            with torch.autocast(x.device.type, torch.float16):
                 loss = F.mse_loss(net(x), y)
             scaler.scale(loss).backward()
             if not options:
