@@ -16,7 +16,7 @@ deadline=$((SECONDS + ${SECONDS_IN_ALL:-450}))
 
 # what tests and notebooks import; pytorch and what it brings are never fetched
 needed=$(sed -n 's/^\([A-Za-z][^ ]*\) .*/\1/p' "$top/requirements.txt" |
-         grep -Ev '^(torch|torchvision|torchmetrics|jupyterlab|nbval|ruff|PyYAML|pytest-xdist)[^a-z]')
+         grep -Ev '^(torch|torchvision|torchmetrics|jupyterlab|nbval|ruff|PyYAML)[^a-z]')
 with_torch="lightning-utilities torchmetrics"  # pure Python, but they would ask for torch
 
 if [ "${1:-}" = --wheels ]; then
@@ -64,7 +64,7 @@ part() {  # part NAME COMMAND…: its output goes to OUT/NAME.log, its exit stat
     echo "\"$name\": {\"exit_status\": $status, \"seconds\": $((SECONDS - start))}" > "$out/$name.status"
     echo "$name: exit status $status, $((SECONDS - start)) s"
 }
-pytest=("$own" -m pytest -q -p no:cacheprovider -o addopts= --durations=5 "${tests[@]}")
+pytest=("$own" -m pytest -q -p no:cacheprovider -o addopts= --durations=5 -n $((($(nproc) + 3) / 4)) "${tests[@]}")
 notebook() {  # notebook NAME FILE PARAMETERS…
     local name=$1 file=$2
     shift 2
