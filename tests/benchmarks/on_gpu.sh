@@ -85,13 +85,13 @@ done
 wait
 unset OMP_NUM_THREADS
 # one at a time from here, since these measure
+part benchmark "$own" tests/benchmarks/benchmark.py "${sizes[@]}" --json "$out/benchmark.json"
 for seed in $seeds; do
     for images in $runs; do
         notebook "08_${images}_$seed" 08_speedrun.ipynb -p train_images "$images" -p test_images 0 -p seed "$seed" \
                  "${pixels[@]}"
     done
 done
-part benchmark "$own" tests/benchmarks/benchmark.py "${sizes[@]}" --json "$out/benchmark.json"
 { echo "{"; cat "$out"/*.status | paste -sd,; echo "}"; } > "$out/summary.json"
 rm -f "$out"/*.status
 ! grep -Eq '"exit_status": [1-9]' "$out/summary.json"
