@@ -467,6 +467,18 @@ def _tensors(value):
     return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
+def _at_its_place(operation, named, result, tensor):
+    """The arguments of which this tensor was made: of lists, as optimizers use them on a GPU, what stands at its place."""
+    written = [value for role, value in named if role in operation.written]
+    for several in written or [result] * operation.name.startswith("_foreach_"):
+        if isinstance(several, (list, tuple)):
+            for place, other in enumerate(several):
+                if other is tensor:
+                    return [(role, value[place] if isinstance(value, (list, tuple)) and len(value) == len(several)
+                             else value) for role, value in named]
+    return named
+
+
 # ---------------------------------------------------------------------------------------------------- watch
 _active = None  # the watch whose block runs
 _GUARDS = AssertionError, ArithmeticError, RuntimeError, ValueError  # what owners, and torch, raise at a bad value
@@ -847,15 +859,11 @@ class watch(TorchDispatchMode):
         if not bad:
             return
         named = named or [*zip(operation.roles, args, strict=False), *kwargs.items()]
-        worst = max(bad, key=lambda pair: math.isnan(pair[1]))[0]
-        # of an operation on lists, as optimizers use on a GPU, only what stands at the same place made the bad value
-        made = [result] if operation.name.startswith("_foreach_") and not written else []
-        for several in [*(value for role, value in named if role in operation.written), *made]:
-            if isinstance(several, (list, tuple)) and (place := [i for i, t in enumerate(several) if t is worst]):
-                named = [(role, value[place[0]] if isinstance(value, (list, tuple)) and len(value) == len(several)
-                          else value) for role, value in named]
-        origin = self._origin(operation, named, worst, node, call, copy, phase)
-        for tensor, _ in bad:
+        origin = None
+        for tensor, _ in sorted(bad, key=lambda pair: not math.isnan(pair[1])):
+            alone = _at_its_place(operation, named, result, tensor)
+            if origin is None or alone is not named:
+                origin = self._origin(operation, alone, tensor, node, call, copy, phase)
             self.bad.put(tensor, origin)
             if origin.how in ("operation", "entered"):
                 self.latest = origin

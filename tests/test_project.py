@@ -228,6 +228,8 @@ def test_recorded_runs_are_whole():
         elif "units" in found:
             assert all(unit["loss"] and unit["lr"] > 0 if unit["steps"] else unit["curvature"] > 0
                        for unit in found["units"]) and found["settings"]["steps"]
+        elif "processes" in found:
+            assert all(row["rate"] > 0 for row in found["processes"]) and found["parameters"]["repeats"] >= 3
         elif name.startswith("notebooks"):
             assert all(row["seconds"] > 1 and row["gigabytes"] > 0.1 for row in found["notebooks"])
         else:

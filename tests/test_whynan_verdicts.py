@@ -203,6 +203,22 @@ def test_of_an_optimizer_that_steps_on_lists_the_one_sick_weight_is_told(sick, f
     assert "16 of 16 denominators" in str(error) and "# birth" in error.line.text
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+def test_of_two_births_the_first_is_told_though_the_gradients_are_clipped_as_a_list(foreach):
+    first, last = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)  # in backward the last is the first
+
+    def run():
+        X = torch.ones(2, 4)
+        a = (first(X) * 0).abs().sqrt().sum()
+        b = (last(X) * 0).abs().sqrt().sum()  # birth
+        (a + b).backward()
+        nn.utils.clip_grad_norm_([*first.parameters(), *last.parameters()], 1.0, foreach=foreach)
+        torch.optim.SGD([*first.parameters(), *last.parameters()], 0.1).step()
+
+    error = death_of(run, net=nn.ModuleList([first, last]))
+    assert (error.phase, error.verdict) == ("backward", "infinite slope") and "# birth" in error.line.text
+
+
 # ------------------------------------------------------------------------------------------------- verdicts
 TRAPS = {
     "sqrt": lambda x: torch.where(x > 0, x.sqrt(), 0 * x), "log": lambda x: torch.where(x > 0, x.log(), 0 * x),
