@@ -468,7 +468,7 @@ def _tensors(value):
 
 
 def _at_its_place(operation, named, result, tensor):
-    """The arguments of which this tensor was made: of lists, as optimizers use them on a GPU, what stands at its place."""
+    """The arguments of which this tensor was made: of lists (an optimizer's, on a GPU) what stands at its place."""
     written = [value for role, value in named if role in operation.written]
     for several in written or [result] * operation.name.startswith("_foreach_"):
         if isinstance(several, (list, tuple)):

@@ -64,8 +64,8 @@ def test_bad_options_end_with_one_line_that_names_them(tmp_path):
 
 def test_what_more_processes_buy(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT.with_name("processes.py"), "--processes", "1", "--repeats", "1",
-                           "--steps", "1", "--batch-size", "4", "--image-size", "67", "--runs", "2", "--json", "p.json"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+                           "--steps", "1", "--batch-size", "4", "--image-size", "67", "--runs", "2",
+                           "--json", "p.json"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     training, sweep = json.loads((tmp_path / "p.json").read_text())["processes"]
     assert training["rate"] > 0 < sweep["rate"] and f"1 process   {sweep['rate']:8.2f}" in done.stdout

@@ -235,7 +235,6 @@ def choices(options):
     contenders = {
         "training.train": with_change(), "again, to see the noise": with_change(),
         "without channels_last": with_change(torch, "channels_last", torch.contiguous_format),
-        "cudnn.benchmark": with_change(torch.backends.cudnn, "benchmark", True),
         "fused SGD": with_change(optimizer=functools.partial(torch.optim.SGD, fused=True))}
     if options.image_size % 4 == 0:
         contenders["conv1 unshuffled"] = with_change(change=with_unshuffled_conv1)

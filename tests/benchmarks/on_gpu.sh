@@ -8,7 +8,8 @@
 # torch and torchvision must be there (PYTHON=… says in which Python; else python3); all that lies in WHEELS goes into
 # OUT, so take out what the machine has. For a machine of another kind add pip's own words, as in: --wheels WHEELS
 # --python-version 3.12 --platform manylinux2014_x86_64. Where there is no CUDA, all of it runs on the CPU, with small
-# sizes, to try the script. OUT/summary.json has each part's exit status and seconds; if one fails, the script does.
+# sizes, to try the script. It ends after SECONDS_IN_ALL=450, whatever is not done. OUT/summary.json has each part's
+# exit status and seconds; if one fails, the script does.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
@@ -30,7 +31,7 @@ if [ "${1:-}" = --wheels ]; then
     exit
 fi
 if [ $# -lt 1 ]; then
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 mkdir -p "$1"
@@ -85,7 +86,8 @@ done
 wait
 unset OMP_NUM_THREADS
 # one at a time from here, since these measure
-part benchmark "$own" tests/benchmarks/benchmark.py "${sizes[@]}" --json "$out/benchmark.json"
+part benchmark "$own" tests/benchmarks/benchmark.py --parts training choices data evaluation memory "${sizes[@]}" \
+     --json "$out/benchmark.json"
 for seed in $seeds; do
     for images in $runs; do
         notebook "08_${images}_$seed" 08_speedrun.ipynb -p train_images "$images" -p test_images 0 -p seed "$seed" \

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 
-import dask
 from distributed import Client, LocalCluster
 
 import helpers
@@ -78,8 +77,8 @@ def workers(options, processes):
         if processes == 1:
             start = time.perf_counter()
             return options.runs / seconds("")
-        dask.config.set({"distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": threads_of_each(processes)})
-        with LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=None) as cluster:
+        threads = {"OMP_NUM_THREADS": threads_of_each(processes)}
+        with LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=None, env=threads) as cluster:
             with Client(cluster) as client:
                 client.run(place, options.image_size, 0)  # workers that are under way already, as a cluster's are
             start = time.perf_counter()
