@@ -346,9 +346,11 @@ def _of_the_batch(loss, logits, y):
     """(what to go back from, loss and accuracy of the batch); where ranks exist, of the batch that they share."""
     right, (_, ranks) = logits.argmax(1) == y, find_rank()
     if ranks == 1:
-        return loss, *torch.stack([loss.detach(), right.float().mean()]).tolist()  # a GPU waits once
+        # together, so that a GPU waits once
+        return loss, *torch.stack([loss.detach().reshape(()), right.float().mean()]).tolist()
     loss = loss * len(y) if len(y) else logits.sum()  # of no images: 0, and so are its gradients
-    sums = torch.stack([loss.detach().double(), right.sum().double(), right.new_tensor(len(y), dtype=torch.float64)])
+    sums = torch.stack([loss.detach().double().reshape(()), right.sum().double(),
+                        right.new_tensor(len(y), dtype=torch.float64)])
     distributed.all_reduce(sums)
     total, right, images = sums.tolist()
     return loss * (ranks / images), total / images, right / images

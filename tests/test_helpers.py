@@ -296,7 +296,7 @@ def test_any_loss():
     twin = copy.deepcopy(net)
     plain = train(net, train_iter, None, 1, 0.2, progress=False)
     doubled = train(twin, train_iter, None, 1, 0.1, progress=False,
-                    loss_fn=lambda logits, y: 2 * nn.functional.cross_entropy(logits, y))
+                    loss_fn=lambda logits, y: 2 * nn.functional.cross_entropy(logits, y).reshape(1))
     assert doubled.loss == pytest.approx([2 * loss for loss in plain.loss], rel=1e-4)
 
 

@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -196,16 +197,6 @@ def precision(options):
     return median_rates(in_turn(contenders, options.repeats), options.steps * options.batch_size)
 
 
-@contextlib.contextmanager
-def changed(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 class Unshuffled(nn.Conv2d):
     """conv1 with each 4 × 4 pixels as 16 channels: the same products, summed in another order, in a form that suits
     matrix units better than one channel. For pictures whose side is a multiple of 4.
@@ -227,7 +218,7 @@ def choices(options):
         steps = series_training(options, **how)
 
         def take():
-            with changed(*change) if change else contextlib.nullcontext():
+            with mock.patch.object(*change) if change else contextlib.nullcontext():
                 steps()
 
         return take
@@ -424,12 +415,13 @@ def print_part(part, rows):
                   f"({row['least']:.1f} … {row['most']:.1f})")
 
 
-def arguments():
-    def above_0(text):
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a whole number above 0 is")
-        return int(text)
+def above_0(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a whole number above 0 is")
+    return int(text)
 
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     on_gpu = DEVICE.type == "cuda"

@@ -8,15 +8,16 @@ in turn after one round that does not count; a figure is the median of the repea
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+from benchmark import above_0, fresh_net, in_turn, median_rates
 from distributed import Client, LocalCluster
 
 import helpers
@@ -30,13 +31,9 @@ def threads_of_each(processes):
     return str(max(1, CORES // processes))
 
 
-def network(image_size):
-    return helpers.init_weights(helpers.AlexNet(image_size), "kaiming").to(helpers.find_device())
-
-
 def train_one_network(options):
     """What each rank does: seconds of so many steps, once the first two are made."""
-    net = network(options.image_size)
+    net = fresh_net(options.image_size)
     train_iter, _ = helpers.load_data(batch_size=options.batch_size, image_size=options.image_size)
     for steps in (2, options.steps):
         start = time.perf_counter()
@@ -46,7 +43,7 @@ def train_one_network(options):
 
 
 def ranks(options, processes):
-    """Images a second of one network that so many processes train."""
+    """Seconds that so many processes take for the steps of one network."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", SELF,
                "--as-rank", *(f"--{name.replace('_', '-')}={getattr(options, name)}"
                               for name in ("steps", "batch_size", "image_size"))]
@@ -54,18 +51,18 @@ def ranks(options, processes):
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return options.steps * options.batch_size / json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def place(image_size, seed):
     """A run as the map of notebook 5 has 49: eight steps on three images."""
-    net = network(image_size)
+    net = fresh_net(image_size)
     train_iter, _ = helpers.load_data(batch_size=3, image_size=image_size, train_images=3, seed=seed)
     return {"loss": train(net, train_iter, None, 8, 0.001, log_every=None, progress=False, live=False).loss}
 
 
 def workers(options, processes):
-    """Runs a second of a sweep, kept in a file, by so many workers; 1: by this process, with all threads."""
+    """Seconds of a sweep, kept in a file, by so many workers; 1: by this process, with all threads."""
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(pathlib.Path(folder, "sweep.json"))
         units = [(options.image_size, seed) for seed in range(options.runs)]
@@ -76,21 +73,16 @@ def workers(options, processes):
 
         if processes == 1:
             start = time.perf_counter()
-            return options.runs / seconds("")
+            return seconds("")
         threads = {"OMP_NUM_THREADS": threads_of_each(processes)}
         with LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=None, env=threads) as cluster:
             with Client(cluster) as client:
                 client.run(place, options.image_size, 0)  # workers that are under way already, as a cluster's are
             start = time.perf_counter()
-            return options.runs / seconds(cluster.scheduler_address)
+            return seconds(cluster.scheduler_address)
 
 
 def main():
-    def above_0(text):
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; a whole number above 0 is")
-        return int(text)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"processes": 2, "repeats": 3, "steps": 5, "batch_size": 100, "image_size": 244,
                           "runs": 24}.items():
@@ -106,18 +98,15 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     rows = []
-    for what, measure in (("training of one network, images per second", ranks),
-                          ("sweep, runs per second", workers)):
-        rates = {1: [], options.processes: []}
-        for repeat in range(options.repeats + 1):
-            for processes, found in rates.items():
-                rate = measure(options, processes)
-                found += [rate] * bool(repeat)
-        for processes, found in rates.items():
-            rows.append({"what": what, "processes": processes, "rate": statistics.median(found), "least": min(found),
-                         "most": max(found)})
-            print(f"{what:45s} {processes} process{'es' * (processes > 1):2s} {rows[-1]['rate']:8.2f}   "
-                  f"({min(found):.2f} … {max(found):.2f})", flush=True)
+    for what, measure, count in (
+            ("training of one network, images per second", ranks, options.steps * options.batch_size),
+            ("sweep, runs per second", workers, options.runs)):
+        contenders = {n: functools.partial(measure, options, n) for n in (1, options.processes)}
+        for row in median_rates(in_turn(contenders, options.repeats, lambda contender: contender()), count):
+            n = row["what"]
+            rows.append(row | {"what": what, "processes": n})
+            print(f"{what:45s} {n} process{'es' * (n > 1):2s} {row['rate']:8.2f}   "
+                  f"({row['least']:.2f} … {row['most']:.2f})", flush=True)
     del options.as_rank
     helpers.save_results(options.json, {"processes": rows, "parameters": vars(options)})
 
