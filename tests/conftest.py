@@ -78,5 +78,5 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="tells of the CPU"))
         if item.path.name in ("test_helpers.py", "test_project.py") and not item.get_closest_marker("slow"):
             item.add_marker("quick")
-    # The longest first, or at the end one process would wait for the other: minutes in the one, a training in the other.
+    # The longest first, or at the end one process would wait for the other for minutes.
     items.sort(key=lambda item: item.path.name not in ("test_notebooks.py", "08_speedrun.ipynb"))

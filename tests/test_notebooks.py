@@ -269,8 +269,8 @@ def test_the_tangent_kernel_and_gauss_newton_against_all_gradients_written_down(
 
 def test_networks_side_by_side_are_the_same_as_one_by_one(chapter_5):
     scales, rates = [0.5, 2.0], [0.01, 0.1, 1.0]
-    weights, lr, X, targets = chapter_5.small_networks(3, scales, rates, seeds=2)
-    found = chapter_5.descend_all((weights, lr, X, targets), 6)
+    lr, X, targets, *weights = chapter_5.small_networks(3, scales, rates, seeds=2)
+    found = chapter_5.descend_all((lr, X, targets, *weights), steps=6)
     assert found.shape == (12, 6)
     for at in (0, 4, 11):
         net = nn.Sequential(nn.Flatten(), nn.Linear(10, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False),
@@ -445,13 +445,28 @@ def test_the_middle_and_the_whole_agree_where_no_padding_reaches():
 
 def test_the_outer_ring_starts_without_a_say(chapter_8):
     net = chapter_8.build(0, middle=True)
-    scores, ring = nn.Sequential(*list(net)[-6:]), net.pool3[1]
+    scores = nn.Sequential(*list(net)[-6:])
     maps = torch.rand(2, 256, 3, 3)
     changed = maps.clone()
     changed[..., 0, :] = changed[..., -1] = 7.0
     assert torch.equal(scores(maps), scores(changed)) and not torch.equal(scores(maps), scores(2 * maps))
-    assert torch.equal(ring(maps), maps)
-    assert torch.equal(scores(ring(maps[..., 1:2, 1:2])), scores(maps))
+    assert torch.equal(scores(maps[..., 1:2, 1:2]), scores(maps))
+
+
+def test_fc1_in_two_is_fc1_and_learns_its_ring_only_from_whole_maps(chapter_8):
+    net, plain = chapter_8.build(0, middle=True), chapter_8.build(0)
+    inner = net.fc1.inner
+    assert sum(map(torch.numel, net.parameters())) == sum(map(torch.numel, plain.parameters()))
+    assert torch.equal(net.fc1.weight, plain.fc1.weight[:, inner])
+    with torch.no_grad():
+        net.fc1.ring.copy_(plain.fc1.weight[:, ~inner])
+    maps = torch.rand(2, 256, 3, 3)
+    scores, of_plain = (nn.Sequential(*list(network)[-6:]) for network in (net, plain))
+    assert torch.allclose(scores(maps), of_plain(maps), atol=1e-5)
+    scores(maps[..., 1:2, 1:2]).sum().backward()
+    assert net.fc1.ring.grad is None and net.fc1.weight.grad is not None
+    scores(maps).sum().backward()
+    assert net.fc1.ring.grad is not None
 
 
 @given(st.integers(1, 3000))
