@@ -262,6 +262,8 @@ def test_the_tangent_kernel_and_gauss_newton_against_all_gradients_written_down(
     J = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
     kernel = chapter_5.tangent_kernel(net, X)
     assert torch.allclose(kernel, J @ J.T, rtol=1e-4, atol=1e-4)
+    net.to(memory_format=torch.channels_last)  # as after a training
+    assert torch.allclose(chapter_5.tangent_kernel(net, X), kernel, rtol=1e-4, atol=1e-4)
     S = torch.block_diag(*(torch.diag(q) - q.outer(q) for q in logits.detach().softmax(1)))
     exact = torch.linalg.eigvalsh(J.T @ S @ J / 3)[-1].item()
     assert chapter_5.gauss_newton(kernel, logits) == pytest.approx(exact, rel=1e-3)
