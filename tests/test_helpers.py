@@ -53,7 +53,6 @@ def test_strings_of_a_shell_or_yaml_are_coerced():
     ("dataset", "CIFAR", "'MNIST' or 'FashionMNIST'"),
     ("image_size", 20, "from 67"), ("init", "foo", "'kaiming'"), ("all_relus", "perhaps", "true or false"),
     ("num_epochs", 0, "above 0"), ("test_images", 10_001, "to 10000"),
-
     ("grid_size", 1, "from 2"), ("steps", 2, "from 3"), ("relus", 5, "true or false"), ("seeds", 0, "from 1"),
     ("sweep", "/no/such/folder/x.json", "folder"), ("results_path", "/no/such/folder/x.json", "folder"),
     ("checkpoint", tempfile.gettempdir(), "file in a folder"),

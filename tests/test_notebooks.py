@@ -640,45 +640,42 @@ def test_a_notebook_needs_no_more_memory_than_the_readme_says(name, tmp_path):
     assert float(nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text) < min(2, float(told[name]) + 0.3)
 
 
-TINY_MAP = {"image_size": 67, "images": 2, "steps": 3, "grid_size": 3, "dataset": "FashionMNIST"}
+def units_when_killed(name, count, folder, sweep, **options):
+    """The units of a sweep whose notebook was killed as soon as it had finished so many."""
+    process = papermill(name, folder, sweep=sweep, **options)
+    while not (sweep.exists() and len(json.loads(sweep.read_text())["units"]) >= count):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    process.terminate()
+    process.wait()
+    assert not (folder / "results.json").exists()
+    return json.loads(sweep.read_text())["units"]
 
 
-def test_05_maps_fashion_mnist_too_and_keeps_finished_places(tmp_path):
-    sweep = tmp_path / "sweep.json"
-    results = results_of(papermill("05_stability_map", tmp_path, relus="true", sweep=sweep, **TINY_MAP), tmp_path)
+def test_05_maps_fashion_mnist_too_and_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
+    sweep, options = tmp_path / "sweep.json", {"image_size": 67, "images": 2, "steps": 3, "grid_size": 3,
+                                               "dataset": "FashionMNIST", "relus": "true"}
+    kept = units_when_killed("05_stability_map", 6, tmp_path, sweep, **options)
+    lost = kept.pop(4)
+    kept[0]["mark"] = "finished"  # would be lost if it were made again
+    sweep.write_text(json.dumps(json.loads(sweep.read_text()) | {"units": kept}))
+    results = results_of(papermill("05_stability_map", tmp_path, sweep=sweep, **options), tmp_path)
+    units = json.loads(sweep.read_text())["units"]
+    assert units[:len(kept)] == kept and lost in units[len(kept):] and "loss" in lost
     assert results["parameters"]["relus"] is True and results["parameters"]["dataset"] == "FashionMNIST"
     assert len(results["map"]) == 9
     assert {place["fate"] for place in results["map"]} <= {"NaN", "thrown", "asleep", "learned"}
     assert results["map"][-1]["scale"] > 2.8 and results["map"][-1]["fate"] == "NaN"
     assert len(results["edges"]) == 10 and len(results["layers"]) == 8 and len(results["phases"]) == 5
 
-    kept = json.loads(sweep.read_text())
-    lost = [kept["units"].pop(place) for place in (4, -1)]  # one of the map, and the last: as if interrupted
-    kept["units"][0]["mark"] = "finished"  # would be lost if it were made again
-    sweep.write_text(json.dumps(kept))
-    again = results_of(papermill("05_stability_map", tmp_path, relus="true", sweep=sweep, **TINY_MAP), tmp_path)
-    units = json.loads(sweep.read_text())["units"]
-    assert units == kept["units"] + lost and "loss" in lost[0]
-    assert again["laws"] == results["laws"] and again["map"] == results["map"]
-
 
 def test_06_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
-    sweep, options = tmp_path / "sweep.json", {"image_size": 67, "batch_size": 4, "steps": 3, "test_images": 20}
-
-    def until(count):
-        process = papermill("06_remedies", tmp_path, sweep=sweep, seeds=1, **options)
-        while not (sweep.exists() and len(json.loads(sweep.read_text())["units"]) >= count):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.2)
-        process.terminate()
-        process.wait()
-        return json.loads(sweep.read_text())["units"]
-
-    first = until(2)
-    second = until(len(first) + 2)
+    sweep = tmp_path / "sweep.json"
+    options = {"seeds": 1, "image_size": 67, "batch_size": 4, "steps": 3, "test_images": 20}
+    first = units_when_killed("06_remedies", 2, tmp_path, sweep, **options)
+    second = units_when_killed("06_remedies", len(first) + 2, tmp_path, sweep, **options)
     assert second[:len(first)] == first and len({json.dumps(unit) for unit in second}) == len(second)
     assert (first[0]["network"], first[0]["remedy"], first[0]["lr"]) == ("AlexNet", "a smaller rate alone", 0.00032)
-    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize(("notebook", "parameters"), [
@@ -690,9 +687,9 @@ def test_fashion_mnist(notebook, parameters, tmp_path):
     assert results_of(process, tmp_path)["parameters"]["dataset"] == "FashionMNIST"
 
 
-BAD = {"lr": ("abc", "-1"), "batch_size": ("0",), "dataset": ("CIFAR",), "image_size": ("20",), "init": ("foo",),
-       "results_path": (os.path.join("no", "such", "folder", "x.json"),),
-       "learning_rate": ("0.1",), "max_steps": ("5",)}  # no notebook has the one, others have the other
+BAD = [("lr", "abc"), ("batch_size", "0"),  # the others: test_helpers.py
+       ("results_path", os.path.join("no", "such", "folder", "x.json")),
+       ("learning_rate", "0.1"), ("max_steps", "5")]  # no notebook has the one, others have the other
 
 
 def test_bad_parameters_end_with_one_line_that_names_them(tmp_path):
@@ -703,9 +700,8 @@ def test_bad_parameters_end_with_one_line_that_names_them(tmp_path):
         process = papermill("04_fixed_lr", folder, **{name: value})
         return *case, process.communicate(timeout=600)[0], process.returncode
 
-    cases = [(name, value) for name, values in BAD.items() for value in values]
     with ThreadPoolExecutor(2) as two_at_a_time:
-        for name, value, output, code in two_at_a_time.map(run, cases):
+        for name, value, output, code in two_at_a_time.map(run, BAD):
             assert code != 0
             shown = re.escape(repr(value)[1:-1])  # a number comes without quotes
             line = output.strip().splitlines()[-1]
