@@ -249,15 +249,17 @@ class _LiveFigure:
     def __init__(self, wanted, run):
         self.wanted = wanted and hasattr(get_ipython(), "kernel") and not find_rank()[0]
         self.run, self.drawn, self.pause, self.place = run, 0.0, 3.0, display.DisplayHandle().display_id
+        # One for all drawings, and not pyplot's: Jupyter would keep each, 3 MB, until the cell ends.
+        self.figure = Figure(figsize=(9, 3)) if self.wanted else None
 
     def update(self, history, seconds_between=None):
         """Draws, if the last drawing is so many seconds ago; None: so many that drawing takes 1/20 of the time."""
         start = time.monotonic()
         if not self.wanted or start - self.drawn < (self.pause if seconds_between is None else seconds_between):
             return
-        figure = Figure(figsize=(9, 3))  # not pyplot's: Jupyter would keep each, 3 MB, until the cell ends
-        history.plot(figure.subplots(1, 2), self.run)
-        helpers.show(figure, "Live curves of the run: the loss, and the accuracy, of each step's batch.",
+        self.figure.clear()
+        history.plot(self.figure.subplots(1, 2), self.run)
+        helpers.show(self.figure, "Live curves of the run: the loss, and the accuracy, of each step's batch.",
                      display_id=self.place, update=self.drawn > 0)
         self.drawn = time.monotonic()
         self.pause = max(3.0, 20 * (self.drawn - start))
