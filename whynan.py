@@ -444,6 +444,7 @@ class _Operation(NamedTuple):
     roles: list  # names of its arguments
     written: list  # those that it writes to
     silent: bool  # its result is a view of an operand, or is not filled yet
+    shared: bool  # other processes fill its result, some time before it is waited for
 
 
 @functools.cache
@@ -452,7 +453,9 @@ def _operation(func):
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns) and name != "lift_fresh"
     silent = view or "empty" in name or schema.name.startswith("profiler::") or name in ("resize_", "set_")
-    return _Operation(name, [a.name for a in schema.arguments], written, silent)
+    shared = schema.name.startswith(("c10d::", "_c10d_functional::", "fsdp::")) and (
+        "gather" in name or "scatter" in name)
+    return _Operation(name, [a.name for a in schema.arguments], written, silent, shared)
 
 
 def _tensors(value):
@@ -463,7 +466,9 @@ def _tensors(value):
             return []
         if value.layout is not torch.strided:
             return [value._values()] if value.layout is torch.sparse_coo else []
-        return [] if value._is_zerotensor() or is_traceable_wrapper_subclass(value) else [value]
+        if is_traceable_wrapper_subclass(value):  # such as DTensor: what it is made of
+            return [t for name in value.__tensor_flatten__()[0] for t in _tensors(getattr(value, name))]
+        return [] if value._is_zerotensor() else [value]
     return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
@@ -525,7 +530,8 @@ class watch(TorchDispatchMode):
     however that happens.
 
     Every operation of the thread that entered the block is looked at; networks in other threads get a warning.
-    Networks compiled by `torch.compile` run eagerly in it. `trail` has the magnitudes so far, as `NonFiniteError` has.
+    Networks compiled by `torch.compile` run eagerly in it. Of a weight that processes share out (DTensor, as FSDP2's)
+    each sees its part. `trail` has the magnitudes so far, as `NonFiniteError` has.
 
     Raises ValueError for a bad argument, RuntimeError within another watch.
     """
@@ -577,6 +583,7 @@ class watch(TorchDispatchMode):
         self.frozen = None  # the step that a backward belongs to, though an optimizer may make its own within it
         self.called = self.after_backward = self.in_backward = False  # in this step
         self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
+        self.parts = {}  # of a weight, by id: itself, or what a DTensor is made of
         self.bad, self.losses, self.notes, self.origins = _Memory(), _Memory(), _Memory(), 0
         self.dropped, self.of_node, self.updates = _Memory(), (None, None), _Memory()  # see `_keep_notes`, `_look`
         self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
@@ -642,6 +649,7 @@ class watch(TorchDispatchMode):
     def _learn_weight(self, name, weight):
         if id(weight) not in self.names and weight.is_leaf:  # else it is put in a weight's place, by functional_call
             self.names[id(weight)] = name, weight
+            self.parts |= {id(part): (id(weight), part) for part in _tensors(weight)}
             self.growth[id(weight)] = collections.deque([(self.step - 1, self._measure(weight))], maxlen=1000)
 
     def _measure(self, tensor):
@@ -794,9 +802,20 @@ class watch(TorchDispatchMode):
         if operation.name == "_local_scalar_dense":
             if isinstance(result, float) and not math.isfinite(result) and self.losses.get(args[0]):
                 self._die(self._find("loss", args[0]), "the loss that is read")
+        elif operation.shared:
+            self._pass_on(operation, args, kwargs, result)
         elif not operation.silent:
             self._look(operation, args, kwargs, result, node, call, copy)
         return result
+
+    def _pass_on(self, operation, args, kwargs, result):
+        """Of what other processes will fill one knows for now what this one's share has brought with it."""
+        named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
+        shares = [tensor for role, value in named if "output" not in role for tensor in _tensors(value)]
+        origins = [origin for share in shares if not math.isfinite(self._measure(share))
+                   for origin in self.bad.get(share)[:1]]
+        for tensor in _tensors(result):
+            self.bad.put(tensor, *origins[:1])
 
     def _made(self, node, call, beyond_function=False):
         """(module, class, caller) of what is called now; in a backward, of the forward call that it belongs to."""
@@ -847,11 +866,11 @@ class watch(TorchDispatchMode):
                 self.bad.put(tensor)
             if written and phase == "update" and tensor.requires_grad:
                 self._learn_weight(f"weight {len(self.growth)}", tensor)  # of a loop without modules
-            if written and id(tensor) in self.names:
-                name = self.names[id(tensor)][0]
-                self._note("update", *self._part(name), size)
-                if size != self.growth[id(tensor)][-1][1]:
-                    self.growth[id(tensor)].append((self.step, size))
+            if written and id(tensor) in self.parts:
+                weight, _ = self.parts[id(tensor)]
+                self._note("update", *self._part(self.names[weight][0]), size)
+                if size != self.growth[weight][-1][1]:
+                    self.growth[weight].append((self.step, size))
             elif phase != "update" and (phase != "loss" or tensor is results[0]):
                 self._note(phase, module, "gradient" if phase == "backward" else "output", size)
         if results:

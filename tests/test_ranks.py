@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ CPU = torch.device("cpu")
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
 
 SCRIPT = """
-import hashlib, json, os, pathlib, sys
+import hashlib, itertools, json, math, os, pathlib, sys
 import torch, helpers, training, whynan
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 folder, rank, ranks = pathlib.Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 (folder / f"pid{rank}").write_text(str(os.getpid()))
@@ -52,12 +54,30 @@ if ranks == 2:
         def forward(self, X):
             return (X * (rank == 0)).abs().sqrt()  # at 0, on rank 1, its slope is infinite
 
+    def report(name, net, loop, *args, **options):
+        try:
+            with whynan.watch(net):
+                loop(net, *args, **options)
+        except whynan.NonFiniteError as error:
+            (folder / f"report{rank} {name}").write_text(f"{error.rank} {error.verdict}: {error}")
+
+    def loop(net, lr):
+        optimizer = torch.optim.SGD(net.parameters(), lr)
+        for X, y in itertools.chain(train_iter, train_iter):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(X), y).backward()
+            optimizer.step()
+
+    # FSDP2: of each weight, a DTensor, a rank holds the half
+    for name, between, lr in (("endless", nn.ReLU(), math.inf), ("long", nn.ReLU(), 1e15), ("root", Root(), 0.1)):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), between, nn.Linear(4, 10))
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for part in (net[1], net[3], net):
+            fully_shard(part, mesh=mesh)
+        report(f"sharded {name}", net, loop, lr)
+
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), Root(), nn.Linear(4, 10))
-    try:
-        with whynan.watch(net):
-            training.train(net, train_iter, None, 1, 0.1, log_every=None, progress=False)
-    except whynan.NonFiniteError as error:
-        (folder / f"report{rank}").write_text(f"{error.rank} {error.verdict}: {error}")
+    report("root", net, training.train, train_iter, None, 1, 0.1, log_every=None, progress=False)
 """
 
 
@@ -77,7 +97,7 @@ def spread(tmp_path_factory):
         output, _ = torchrun(ranks, folder / "train.py").communicate(timeout=300)
         assert (folder / "result").exists(), output
         # reports have files of their own: what two ranks print at one time may stand within one another
-        reports = [path.read_text() for path in sorted(folder.glob("report*"))]
+        reports = {path.name: path.read_text() for path in folder.glob("report*")}
         found[ranks] = json.loads((folder / "result").read_text()), output, reports
     return found
 
@@ -129,11 +149,22 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(spread
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
 
 
-def test_whynan_names_the_rank(spread):
-    first, second = spread[2][2]
+@pytest.mark.parametrize("kind", ["root", "sharded root"])
+def test_whynan_names_the_rank(spread, kind):
+    first, second = (spread[2][2][f"report{rank} {kind}"] for rank in (0, 1))
     assert second.startswith("1 infinite slope: rank 1: inf at step 1, backward phase, 2 (Root), is born: div\n")
     assert first.startswith("0 unknown: rank 0: NaN at step 1, backward phase, outside of all modules, enters\n")
     assert "unknown: another rank's gradient, it seems: read that rank's report." in first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whynan_sees_the_weights_that_fsdp_shares_out(spread, rank):
+    endless, long = (spread[2][2][f"report{rank} sharded {name}"] for name in ("endless", "long"))
+    assert f"rank {rank}: NaN at step 1, update phase, 1 (FSDPLinear), is born: " in endless
+    assert "it reaches 1.weight as it is written" in endless and "gradient of 1.weight 2×784" in endless
+    assert long.startswith(f"{rank} steps too long: rank {rank}: inf at step 3, forward phase, 3 (FSDPLinear), is born")
+    # what other ranks send is not there yet when it is asked for: memory that nobody has filled
+    assert "the outputs were up to" not in long and re.search(r"step 1: forward 0\.\d+ in", long), long
 
 
 # -------------------------------------------------------------------------------------------- sweeps with Dask
