@@ -4,8 +4,10 @@ nbval, by the settings in pyproject.toml, runs their cells with the defaults; he
 """
 
 import ast
+import base64
 import collections
 import functools
+import io
 import itertools
 import json
 import linecache
@@ -27,6 +29,7 @@ from hypothesis import strategies as st
 from instrument import births
 from nan_cases import DEATHS
 from nan_cases.clinic import PATIENTS
+from PIL import Image
 from torch import nn
 
 import helpers
@@ -638,6 +641,17 @@ def test_a_notebook_needs_no_more_memory_than_the_readme_says(name, tmp_path):
     assert list(told) == [path.stem for path in CHAPTERS]
     # versions of torch differ by a tenth
     assert float(nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text) < min(2, float(told[name]) + 0.3)
+
+
+def test_the_pictures_of_the_edge_show_its_nans():
+    cells = nbformat.read(FOLDER / "05_stability_map.ipynb", 4).cells
+    output, = [cell.outputs[0] for cell in cells if "each shows new islands" in cell.source]
+    picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+    units = json.loads((HERE / "results/05_mnist_67.json").read_text())["units"]
+    rows = next(unit["rows"] for unit in units if unit.get("panel") == 0)
+    dead = sum(row.count("d") for row in rows) / len(rows) ** 2
+    inside = [picture.getpixel((x, y)) for x in range(35, 270) for y in range(15, 250)]  # of the first panel
+    assert dead > 0.02 and inside.count((255, 255, 255)) / len(inside) == pytest.approx(dead, abs=0.01)
 
 
 def units_when_killed(name, count, folder, sweep, **options):
