@@ -79,6 +79,7 @@ def test_saved_from_one_clean_run(notebook):
     outputs = [output for cell in cells for output in cell.outputs]
     assert outputs, "stripped outputs would turn nbval into nothing"
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [output for output in outputs if "\r" in output.get("text", "")], "a progress bar's earlier states"
     text = nbformat.writes(notebook)
     assert len(text) < 1_500_000
     assert not re.search(r"/home/|/root/|/Users/|/tmp/|/work/|site-packages|[A-Z]:\\\\", text), "a machine's path"
