@@ -73,26 +73,6 @@ def verdicts():
     return ast.literal_eval(value).items()
 
 
-def as_a_terminal_shows(text):
-    """The text without what a carriage return let be written over: of a progress bar its last state."""
-    return re.sub(r"[^\n]*\r(?=[^\n\r])", "", re.sub(r"\r+\n", "\n", text))
-
-
-def joined(outputs):
-    """The outputs of a cell with what was printed in pieces joined, as a terminal shows it."""
-    result = []
-    for output in outputs:
-        before = result[-1] if result else {}
-        if output.output_type == before.get("output_type") == "stream" and output.name == before.name:
-            before.text += output.text
-        else:
-            result.append(output)
-    for output in result:
-        if output.output_type == "stream":
-            output.text = as_a_terminal_shows(output.text)
-    return result
-
-
 def label(page, heading):
     """The name of a heading for all pages; from its text or from what JupyterLab and GitHub call it in a link."""
     return re.sub(r"\W+", "-", f"{Path(page).stem} {heading}").lower()
@@ -150,8 +130,6 @@ def gather():
                 cell.source = linked(cell.source, name)
                 if found := re.search(r"^(## The procedure\n.*?)(?=^## |\Z)", cell.source, re.DOTALL | re.MULTILINE):
                     procedure = moved(found[1], name)
-            if cell.cell_type == "code":
-                cell.outputs = joined(cell.outputs)
         write(name, nbformat.writes(notebook))
     write("procedure.md", procedure)
     rows = "\n".join(f"| {verdict} | {cure} |" for verdict, cure in verdicts())

@@ -80,6 +80,8 @@ def test_saved_from_one_clean_run(notebook):
     assert outputs, "stripped outputs would turn nbval into nothing"
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert not [output for output in outputs if "\r" in output.get("text", "")], "a progress bar's earlier states"
+    kinds = [[(output.output_type, output.get("name", i)) for i, output in enumerate(cell.outputs)] for cell in cells]
+    assert not [pair for kind in kinds for pair in itertools.pairwise(kind) if pair[0] == pair[1]], "print in pieces"
     text = nbformat.writes(notebook)
     assert len(text) < 1_500_000
     assert not re.search(r"/home/|/root/|/Users/|/tmp/|/work/|site-packages|[A-Z]:\\\\", text), "a machine's path"
