@@ -812,7 +812,7 @@ class watch(TorchDispatchMode):
         """Of what other processes will fill one knows for now what this one's share has brought with it."""
         named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
         shares = [tensor for role, value in named if "output" not in role for tensor in _tensors(value)]
-        origins = [origin for share in shares if not math.isfinite(self._measure(share))
+        origins = [origin for share in shares if not math.isfinite(_largest(share))
                    for origin in self.bad.get(share)[:1]]
         for tensor in _tensors(result):
             self.bad.put(tensor, *origins[:1])
