@@ -1,14 +1,12 @@
 """How a network of this series is trained and judged, and how many runs are kept; read it from top to bottom.
 
-    history      Row, History                 what a run went through
+    history      Row, History                 what a run went through; a *step* is one mini-batch, counted from 1
     evaluation   Evaluation, evaluate         how good a network is
     training     train                        the loop that every run goes through
     beside it    the progress bar, logged lines, tests, checkpoints and the live figure, each when it is due
     ranks        one network trained by several processes
     outcome      final_loss, outcome          what became of a run; where a NaN was born says whynan.py
     sweeps       Sweep, open_sweep            many runs in one file, on one machine or on several
-
-A *step* is one mini-batch; steps count from 1.
 """
 
 import contextlib
@@ -69,11 +67,12 @@ class History(BaseModel):
     diverged_at: int | None = None  # the first step with a loss that is not finite
 
     def add(self, loss, accuracy):
-        """Note those of one more step."""
+        """Note those of one more step; True if a loss, now or before, is not finite."""
         self.loss.append(loss)
         self.accuracy.append(accuracy)
         if self.diverged_at is None and not math.isfinite(loss):
             self.diverged_at = len(self.loss)
+        return self.diverged_at is not None
 
     def plot(self, axes, run="C"):
         """Loss (log scale, up to the last finite one) and accuracy over steps, on two axes."""
@@ -184,14 +183,15 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
             with _autocast(device, p.precision):
                 logits = model(X).float()
                 loss = loss_fn(logits, y)
-            loss, *of_the_batch = _of_the_batch(loss, logits, y)
-            history.add(*of_the_batch)
-            if history.diverged_at and stop_at_nonfinite:
+            loss, numbers = _of_the_batch(loss, logits, y)
+            if not loss.is_cuda and history.add(*numbers()) and stop_at_nonfinite:
                 break
 
             # backward: the gradient of each weight; then a step against it
             optimizer.zero_grad()
             loss.backward()
+            if loss.is_cuda and history.add(*numbers()) and stop_at_nonfinite:  # a GPU is long on its way back by now
+                break
             optimizer.step()
             if scheduler:
                 scheduler.step()
@@ -316,8 +316,7 @@ class _Checkpoint:
         except FileNotFoundError:
             return None
         except Exception:
-            allowed = "a file that `train` wrote whole; delete it to start anew"
-            raise not_allowed("checkpoint", str(self.path), allowed) from None
+            raise not_allowed("checkpoint", str(self.path), "what train wrote whole; delete it to start anew") from None
 
 
 # ---------------------------------------------------------------------------------------------------- ranks
@@ -345,17 +344,18 @@ def _on_all_ranks(net, optimizer):
 
 
 def _of_the_batch(loss, logits, y):
-    """(what to go back from, loss and accuracy of the batch); where ranks exist, of the batch that they share."""
+    """(what to go back from, a function that gives loss and accuracy), of the batch that all ranks share."""
     right, (_, ranks) = logits.argmax(1) == y, find_rank()
     if ranks == 1:
-        # together, so that a GPU waits once
-        return loss, *torch.stack([loss.detach().reshape(()), right.float().mean()]).tolist()
+        numbers = torch.stack([loss.detach().reshape(()), right.float().mean()]).to("cpu", non_blocking=loss.is_cuda)
+        arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        return loss, lambda: (arrived and arrived.synchronize()) or numbers.tolist()
     loss = loss * len(y) if len(y) else logits.sum()  # of no images: 0, and so are its gradients
     sums = torch.stack([loss.detach().double().reshape(()), right.sum().double(),
                         right.new_tensor(len(y), dtype=torch.float64)])
     distributed.all_reduce(sums)
     total, right, images = sums.tolist()
-    return loss * (ranks / images), total / images, right / images
+    return loss * (ranks / images), lambda: (total / images, right / images)
 
 
 def _of_all_ranks(thing):

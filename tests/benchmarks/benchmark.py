@@ -203,8 +203,9 @@ class Unshuffled(nn.Conv2d):
     """
 
     def forward(self, X):
-        weight = F.pixel_unshuffle(F.pad(self.weight, (0, 1, 0, 1)), 4)  # (96, 1, 12, 12) to (96, 16, 3, 3)
-        return F.conv2d(F.pixel_unshuffle(X, 4), weight, self.bias)
+        weight = F.pad(self.weight, (0, 1, 0, 1))
+        weight, X = (F.pixel_unshuffle(part, 4).contiguous(memory_format=torch.channels_last) for part in (weight, X))
+        return F.conv2d(X, weight, self.bias)  # weight: (96, 1, 12, 12) to (96, 16, 3, 3)
 
 
 def with_unshuffled_conv1(net):
@@ -425,7 +426,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     on_gpu = DEVICE.type == "cuda"
-    for name, default in {"repeats": 5, "steps": 20 if on_gpu else 1, "batch_size": 100, "image_size": 244,
+    for name, default in {"repeats": 5, "steps": 100 if on_gpu else 1, "batch_size": 100, "image_size": 244,
                           "workers": 4, "data_batches": 50, "test_images": 10_000 if on_gpu else 1000}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=above_0, default=default, help=f"default {default}")
     for name, default in {"batch_sizes": (10, 20, 50, 100, 200, 500),

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a machine with CUDA can tell about this project, in eight minutes and without network:
 #
-#     tests/benchmarks/on_gpu.sh OUT [WHEELS]         tests, notebooks 3, 4 and 7, benchmark, the long runs of 4 and 8:
-#                                                     JSON files and logs in OUT
+#     tests/benchmarks/on_gpu.sh OUT [WHEELS]         benchmark, notebook 8, then tests and notebooks 3, 4 and 7 at
+#                                                     once: JSON files and logs in OUT
 #     tests/benchmarks/on_gpu.sh --wheels WHEELS      before, on a machine with network: what that one may lack
 #
 # torch and torchvision must be there (PYTHON=… says in which Python; else python3); all that lies in WHEELS goes into
@@ -48,7 +48,7 @@ fi
 export PYTHONPATH=$top JUPYTER_PREFER_ENV_PATH=1 MPLBACKEND=agg PATH=$out/venv/bin:$PATH
 cd "$top"
 
-device=(--device cuda) tests=() sizes=() pixels=() epochs=(-p num_epochs 5 -p batch_size 100)
+device=(--device cuda) tests=() sizes=(--repeats 3) pixels=() epochs=(-p num_epochs 5 -p batch_size 100)
 runs="4000 7000" seeds="0 1 2"
 if ! "$own" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA here: small sizes on the CPU"
@@ -73,6 +73,15 @@ notebook() {  # notebook NAME FILE PARAMETERS…
          -p results_path "$out/$name.json" "$@"
 }
 rm -f "$out"/*.status
+# what measures first, and one at a time
+part benchmark "$own" tests/benchmarks/benchmark.py --parts training choices data evaluation watch memory "${sizes[@]}" \
+     --json "$out/benchmark.json"
+for seed in $seeds; do
+    for images in $runs; do
+        notebook "08_${images}_$seed" 08_speedrun.ipynb -p train_images "$images" -p test_images 0 -p seed "$seed" \
+                 "${pixels[@]}"
+    done
+done
 export OMP_NUM_THREADS=$(( ($(nproc) + 7) / 8 ))  # with more, the eight at once would only wait for each other
 part test_helpers "${pytest[@]}" tests/test_helpers.py &
 part test_whynan "${pytest[@]}" "${device[@]}" tests/test_whynan.py &
@@ -84,16 +93,6 @@ for dataset in MNIST FashionMNIST; do
     notebook "04_$dataset" 04_fixed_lr.ipynb -p dataset "$dataset" "${epochs[@]}" "${pixels[@]}" &
 done
 wait
-unset OMP_NUM_THREADS
-# one at a time from here, since these measure
-part benchmark "$own" tests/benchmarks/benchmark.py --parts training choices data evaluation memory "${sizes[@]}" \
-     --json "$out/benchmark.json"
-for seed in $seeds; do
-    for images in $runs; do
-        notebook "08_${images}_$seed" 08_speedrun.ipynb -p train_images "$images" -p test_images 0 -p seed "$seed" \
-                 "${pixels[@]}"
-    done
-done
 { echo "{"; cat "$out"/*.status | paste -sd,; echo "}"; } > "$out/summary.json"
 rm -f "$out"/*.status
 ! grep -Eq '"exit_status": [1-9]' "$out/summary.json"
