@@ -190,7 +190,8 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
             # backward: the gradient of each weight; then a step against it
             optimizer.zero_grad()
             loss.backward()
-            if loss.is_cuda and history.add(*numbers()) and stop_at_nonfinite:  # a GPU is long on its way back by now
+            # To ask a GPU for numbers is to wait for it; so it is asked when it has work for the meantime.
+            if loss.is_cuda and history.add(*numbers()) and stop_at_nonfinite:
                 break
             optimizer.step()
             if scheduler:
