@@ -85,7 +85,7 @@ def workers(options, processes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"processes": 2, "repeats": 3, "steps": 5, "batch_size": 100, "image_size": 244,
-                          "runs": 24}.items():
+                          "runs": 49}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=above_0, default=default, help=f"default {default}")
     parser.add_argument("--json", default="", help="file for the results")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
