@@ -165,7 +165,7 @@ def layer_products(image_size, batch_size):
 
 
 def roof(options):
-    """A callable with nothing but the products of one training step: forward, and two of the same size backward."""
+    """A callable with nothing but the products of the training steps: forward, and two of the same size backward."""
     products = []
     for number, (rows, inner, columns) in enumerate(layer_products(options.image_size, options.batch_size)):
         A, B, C = (torch.randn(shape, device=DEVICE, dtype=PRECISION)
@@ -175,7 +175,7 @@ def roof(options):
             products.append((C, B.T))
 
     def multiply():
-        for left, right in products:
+        for left, right in products * options.steps:
             left @ right
 
     return multiply
@@ -189,7 +189,7 @@ def training(options):
     times = in_turn(contenders, options.repeats)
     # by itself: its operands take as much memory as all the contenders
     times["roof: matrix products"] = in_turn({"roof": roof(options)}, options.repeats)["roof"]
-    return median_rates(times, {**dict.fromkeys(contenders, images), "roof: matrix products": options.batch_size})
+    return median_rates(times, images)
 
 
 def precision(options):
