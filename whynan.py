@@ -76,12 +76,13 @@ class Evidence(NamedTuple):
     def __str__(self):
         shape, total = "×".join(map(str, self.shape)) or "scalar", math.prod(self.shape)
         span = "" if math.isnan(self.largest) else f"|x| {self.smallest:.3g} to {self.largest:.3g}"
-        counts = [f"{count:,} of {total:,} {kind}" for kind, count in
-                  (("NaN", self.nan), ("inf", self.inf), ("zero", self.zero), ("subnormal", self.subnormal)) if count]
-        places = ", ".join(str(place).replace(" ", "") for place in self.places)
-        first = f", the first at {places}" if places and self.shape else ""
+        counts = [(self.nan, "NaN"), (self.inf, "inf"), (self.zero, "zero"), (self.subnormal, "subnormal")]
+        counts = [f"{count:,} of {total:,} {kind}" for count, kind in counts if count]
+        if self.places and self.shape:  # behind the last bad count
+            places = ", ".join(str(place).replace(" ", "") for place in self.places)
+            counts[bool(self.nan) + bool(self.inf) - 1] += f", the first at {places}"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {', '.join(counts)}{first}".rstrip()
+        return f"{self.name:<22s} {shape} {dtype} {self.device}  {span:<26s} {'; '.join(counts)}".rstrip()
 
 
 def _first_places(bad):
@@ -390,7 +391,8 @@ class NonFiniteError(FloatingPointError):
                 if found:
                     module, tensor, size = max(found, key=lambda entry: entry[2])
                     where = ".".join(filter(None, (module, tensor if phase == "update" else "")))
-                    parts.append(f"{phase} {size:.3g}" + f" in {where}" * bool(where))
+                    what = "weights" if phase == "update" else phase  # those that it has written
+                    parts.append(f"{what} {size:.3g}" + f" in {where}" * bool(where))
             if parts:
                 text.append(f"    step {step}: " + ", ".join(parts))
         super().__init__("\n".join(map(_fold, text)))
@@ -538,7 +540,9 @@ class watch(TorchDispatchMode):
 
     _entered = True  # until one is made
 
-    def __init__(self, net=None, *, from_step=1):
+    def __init__(self, net=None, *others, from_step=1):
+        if others:
+            raise ValueError("of several networks give watch one module: nn.ModuleDict({'G': G, 'D': D}); or none")
         if net is not None and not isinstance(net, torch.nn.Module):
             raise ValueError(f"net = {net!r} is not allowed; net is a torch.nn.Module, or None for any")
         if type(from_step) is not int or from_step < 1:
@@ -849,7 +853,7 @@ class watch(TorchDispatchMode):
             for tensor in results:
                 self.updates.put(tensor, True)
         module = call[1] if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
-        named = written = ()
+        named, written, main = (), (), results[:1]
         if operation.written:
             named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
             written = [t for role, value in named if role in operation.written for t in _tensors(value)]
@@ -871,7 +875,8 @@ class watch(TorchDispatchMode):
                 self._note("update", *self._part(self.names[weight][0]), size)
                 if size != self.growth[weight][-1][1]:
                     self.growth[weight].append((self.step, size))
-            elif phase != "update" and (phase != "loss" or tensor is results[0]):
+            elif phase != "update" and (phase == "backward" or any(tensor is own for own in main) or (
+                    phase == "forward" and "norm" not in operation.name)):  # beside its result a norm has 1 / spread
                 self._note(phase, module, "gradient" if phase == "backward" else "output", size)
         if results:
             self._keep_notes(operation, args, results, node, phase)
@@ -1025,7 +1030,10 @@ class watch(TorchDispatchMode):
             return origin._replace(how="scaled")
         reason = origin.reason if trap else _reason(origin, dict(named), operands, result, self.notes.get,
                                                     self._growth(operands))
-        evidence = tuple(self._weigh(role, tensor) for role, tensor in operands)
+        below = _DENOMINATORS.get(_plain(operation.name))  # a count, say, of what a mask leaves
+        whole = [(role, value) for role, value in named if role == below and isinstance(value, torch.Tensor)
+                 and not value.is_floating_point() and not value.is_complex()]
+        evidence = tuple(self._weigh(role, tensor) for role, tensor in [*operands, *whole])
         return origin._replace(operands=evidence, result=_weigh("result", result), reason=reason)
 
     def _was_dropped(self, node, result):
@@ -1058,7 +1066,7 @@ class watch(TorchDispatchMode):
         text = f"{self.names[key][0]} grew from {sizes[0][1]:.2g} to {sizes[-1][1]:.2g} {steps}"
         start = max((size for step, phase, _, _, size in self.trail if (step, phase) == (1, "forward")), default=0.0)
         if start > 1e6:
-            text += f" (and at step 1 the outputs were up to {start:.2g} already: a wrong scale of weights or inputs)"
+            text += f" (and at step 1 the outputs were up to {start:.2g} already: first mend that scale)"
         return _Growth(text, ratios[key] > 1e3 and sizes[-1][1] > 1e3)
 
     def _death(self, origin, reached):

@@ -4,6 +4,7 @@ import ast
 import math
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -326,6 +327,29 @@ def test_the_evidence_is_true_of_the_function(function, verdict, evidence):
     x = torch.ones(3, requires_grad=True)
     error = death_of(lambda: function(x).sum().backward())
     assert error.verdict == verdict and evidence in str(error)
+
+
+def test_a_count_that_divides_is_shown_and_magnitudes_are_those_of_results_not_of_a_norms_by_products():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    nn.init.zeros_(net[0].bias)
+    X, padded = torch.rand(3, 5, 4), torch.zeros(3, 5, dtype=torch.bool)
+    X[2], padded[1] = 0, True  # of zeros a LayerNorm computes 1 / sqrt(eps), which is no output
+    with pytest.raises(whynan.NonFiniteError) as caught, whynan.watch(net):
+        (net(X) * ~padded[..., None]).sum(1).div((~padded).sum(1)[:, None]).sum().backward()
+    birth, report = caught.value, str(caught.value)
+    assert birth.verdict == "division by zero" and birth.operation == "div"
+    whole = next(evidence for evidence in birth.operands if evidence.name == "other")
+    assert (whole.shape, whole.dtype, whole.largest, whole.zero) == ((3, 1), torch.int64, 5, 1)
+    assert "4 of 12 NaN, the first at (1,0)" in " ".join(report.split())
+    size = float(re.search(r"step 1: forward (\S+) in", report)[1])
+    assert size < 3 < 1e-5**-0.5, "the largest of four numbers of mean 0 and spread 1 is below the root of 3"
+
+
+def test_of_two_networks_watch_wants_one_module():
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"^of several networks give watch one module: nn\.ModuleDict"):
+        whynan.watch(net, net)
 
 
 def test_a_learning_rate_beyond_all_measure_is_told_by_the_update():
