@@ -155,14 +155,12 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
     makes, and the gradient, loss and accuracy are those of the whole batch. Rank 0 alone prints, draws and saves.
     BatchNorm normalises a whole batch on CUDA; elsewhere each rank its share, and rank 0's statistics are kept.
 
-    Raises ValueError (a parameter; a checkpoint that is damaged, or of a run that differs in network, optimizer,
-    schedule, lr, or the images, batches and seed of train_iter).
+    Raises ValueError (a parameter; a checkpoint that is damaged, or of another network, optimizer, schedule or data).
     """
     p = check_parameters(lr=lr, num_epochs=num_epochs, precision=precision, checkpoint=str(checkpoint or ""))
-    if log_every is not None and log_every < 1:
-        raise not_allowed("log_every", log_every, "a whole number from 1, or None")
-    if not len(train_iter):
-        raise not_allowed("train_iter", train_iter, "an iterator of at least one batch")
+    for name, every in (("log_every", 1 if log_every is None else log_every), ("checkpoint_every", checkpoint_every)):
+        if every < 1:
+            raise not_allowed(name, every, "a whole number from 1" + ", or None" * (name == "log_every"))
     device = next(net.parameters()).device
     net.to(memory_format=torch.channels_last).train()
     optimizer = optimizer(net.parameters(), lr=p.lr)
@@ -207,13 +205,15 @@ def train(net, train_iter, test_iter=None, num_epochs=1, lr=0.1, *, optimizer=to
 def _batches(train_iter, step, total):
     """The batches from step `step` on, `total` less those that were before, over as many epochs as it takes."""
     while step < total:
-        epoch, skip = divmod(step, len(train_iter))
+        epoch, skip = divmod(before := step, len(train_iter) or 1)
         if hasattr(train_iter, "set_epoch"):
             train_iter.set_epoch(epoch, skip)
             skip = 0
         for batch in itertools.islice(train_iter, skip, skip + total - step):
             step += 1
             yield batch
+        if step == before:
+            raise not_allowed("train_iter", train_iter, "an iterator of at least one batch, as its len says, per epoch")
 
 
 @contextlib.contextmanager
@@ -275,7 +275,8 @@ class _Checkpoint:
             self.parts["scheduler"] = scheduler
         data = train_iter if hasattr(train_iter, "set_epoch") else f"{len(train_iter)} batches"
         # what must be the same when the run is taken up again
-        self.run = f"{net}\noptimizer {type(optimizer).__name__}, schedule {type(scheduler).__name__}, lr {lr}, {data}"
+        self.run = (f"{net}\noptimizer {type(optimizer).__name__}, schedule {type(scheduler).__name__}, lr {lr}, {data}"
+                    f", settings {optimizer.defaults}")
 
     def save(self, history):
         """Rank 0 writes, and with it the random numbers of each rank."""
@@ -349,7 +350,7 @@ def _of_the_batch(loss, logits, y):
     right, (_, ranks) = logits.argmax(1) == y, find_rank()
     if ranks == 1:
         numbers = torch.stack([loss.detach().reshape(()), right.float().mean()]).to("cpu", non_blocking=loss.is_cuda)
-        arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
         return loss, lambda: (arrived and arrived.synchronize()) or numbers.tolist()
     loss = loss * len(y) if len(y) else logits.sum()  # of no images: 0, and so are its gradients
     sums = torch.stack([loss.detach().double().reshape(()), right.sum().double(),
@@ -403,8 +404,7 @@ class Sweep:
     path        the file, written anew after each unit; read first if it exists; "" keeps them in memory only
     settings    a dict of what all units share, kept in the file too
 
-    Several processes may work at one file: none loses what another has finished. Raises ValueError for a file that is
-    damaged, or whose settings are others.
+    Several processes may work at one file: none loses what another has finished. ValueError: damaged, other settings.
     """
 
     def __init__(self, path="", settings=None):

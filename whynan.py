@@ -277,8 +277,11 @@ def _reason(birth, given, operands, result, notes, growth):
         if birth.phase == "update" and name == "addcdiv":
             eps = ", as float16 has no eps below 6e-8" * half
             return "Adam's denominator", f"{zeros} denominators of the optimizer (Adam's, RMSprop's) are 0{eps}"
+        function = birth.node.partition("Backward")[0]
+        if function in ("Log", "Log2", "Log10", "Log1p", "Xlogy", "Rsqrt"):
+            verdict = "division by zero" if function == "Rsqrt" else "log of zero"
+            return verdict, f"{function} and its slope are infinite at {zeros} places; to clamp it comes too late"
         if birth.node.startswith(_SLOPES):
-            function = birth.node.partition("Backward")[0]
             return "infinite slope", f"the value of {function} is finite, its slope is infinite at {zeros} places"
         if note.endswith("norm") and birth.phase == "backward":  # torch mends the first derivative alone
             return "infinite slope", (f"{zeros} norms are 0, and there the second derivative of a norm (a gradient "
@@ -406,7 +409,7 @@ class _Memory:
     """Remembers things about the memory that tensors lie in, as long as that memory lives."""
 
     def __init__(self):
-        self.kept = {}
+        self.kept, self.limit = {}, 1000
 
     def put(self, tensor, *things):
         """Remembers these things, or none, and forgets what it knew of all that the tensor has overwritten."""
@@ -420,8 +423,9 @@ class _Memory:
         if tensor.numel() * tensor.element_size() == end - start:
             items = [item for item in items if item[0] < start or item[1] > end]
         self.kept[storage._cdata] = reference, items + [(start, end, thing) for thing in things]
-        if len(self.kept) > 1000:
+        if len(self.kept) > self.limit:
             self.kept = {key: pair for key, pair in self.kept.items() if not pair[0].expired()}
+            self.limit = max(1000, 2 * len(self.kept))
 
     def get(self, tensor):
         """What is remembered of memory that the tensor has a part in, the newest first."""
@@ -467,6 +471,8 @@ def _tensors(value):
                 value) or torch._C._functorch.is_functorch_wrapped_tensor(value):
             return []
         if value.layout is not torch.strided:
+            if value.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+                return [value.values()]
             return [value._values()] if value.layout is torch.sparse_coo else []
         if is_traceable_wrapper_subclass(value):  # such as DTensor: what it is made of
             return [t for name in value.__tensor_flatten__()[0] for t in _tensors(getattr(value, name))]
@@ -522,10 +528,11 @@ class watch(TorchDispatchMode):
     net        whose names modules and weights get; None: names within whichever module is called
     from_step  nothing is looked at, and next to no time spent, before this step: for a death after many good ones
 
-    Raises `NonFiniteError`, whose text is the report, when the run dies: when a loss that is not finite is read
-    (`.item()`), when `backward` is called on it, or when the block is left with it; when a gradient is not finite as an
-    optimizer's step begins; when a weight is not after it, or after an update by hand. What is not finite and harms
-    nobody passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips. Steps count from 1.
+    Raises `NonFiniteError`, whose text is the report, when the run dies: when `backward` (or `torch.autograd.grad`,
+    called by this name) is given a loss that is not finite, or the block is left with one; when a gradient is not
+    finite as an optimizer's step begins; when a weight is not after it, or after an update by hand. What is not finite
+    and harms nobody passes: a mask's -inf, the branch that `where` drops, a step that a GradScaler skips, a loss or a
+    metric that is read before the backward of a good one. Steps count from 1.
 
     An error of your own comes out as it is (from Python 3.11 on with the report as a note, where a bad value was made
     in its step). Otherwise the run is the same, bit for bit, and nothing remains of the watch when the block is left,
@@ -805,7 +812,7 @@ class watch(TorchDispatchMode):
         result = func(*args, **kwargs)
         if operation.name == "_local_scalar_dense":
             if isinstance(result, float) and not math.isfinite(result) and self.losses.get(args[0]):
-                self._die(self._find("loss", args[0]), "the loss that is read")
+                self.pending = self._find("loss", args[0])  # maybe a metric: a good loss's backward forgives it
         elif operation.shared:
             self._pass_on(operation, args, kwargs, result)
         elif not operation.silent:
@@ -967,6 +974,8 @@ class watch(TorchDispatchMode):
         self.looking = before
         bad = f"{evidence.nan + evidence.inf:,} of {tensor.numel():,} values of {weight or f'what comes as {role}'}"
         reason, phase = ("bad weight" if weight else "bad data", f"{bad} are not finite before any operation"), "data"
+        if self.in_backward and not weight:
+            phase, reason = "backward", ("unknown", f"{bad} are not finite, and no operation of torch has made them")
         if _has_ranks() and (self.in_backward or role == "gradient"):  # no operation has made it, so what joins ranks
             phase, reason = "backward", ("unknown", "another rank's gradient, it seems: read that rank's report")
         call = self.calls[-1] if weight and self.calls and self.calls[-1][1] is not None else None
@@ -1044,8 +1053,8 @@ class watch(TorchDispatchMode):
     def _growth(self, operands):
         """The `_Growth` of a weight among the operands, else of the one that grew most; None if it explains nothing.
 
-        It explains a death if it is a hundredfold, or tenfold in the last step; or if it is thirtyfold (as a bias may
-        be without harm) and all such growth together is within six digits of the largest operand.
+        It explains a death if it is thirtyfold, or tenfold in the last step, and all such growth together is within six
+        digits of the largest operand.
         """
         groups = [group for optimizer in self.counts for group in optimizer.param_groups]
         moved = {id(weight) for group in groups for weight in group["params"]}
@@ -1055,8 +1064,8 @@ class watch(TorchDispatchMode):
         largest = max((_largest(tensor) for _, tensor in operands), default=0.0)
         strong = {key for key, ratio in ratios.items()
                   if (ratio > 100 or key in jumped) and self.names[key][1].dim() > 1}
-        if not math.isfinite(largest) or not (strong or sum(map(math.log10, ratios.values())) + 6 >= math.log10(
-                max(largest, 1.0))) or not ratios:
+        if not ratios or not math.isfinite(largest) or (
+                sum(map(math.log10, ratios.values())) + 6 < math.log10(max(largest, 1.0))):
             return None
         names = {self._name(tensor, states=False) for _, tensor in operands}
         key = max(ratios, key=lambda key: (self.names[key][0] in names, key in strong, ratios[key]))

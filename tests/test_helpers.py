@@ -75,12 +75,20 @@ def test_lr_is_taken_if_and_only_if_it_is_finite_and_positive(lr):
         assert check_parameters(lr=lr).lr == lr
 
 
+class Short(list):
+    """An iterator of no batch whose len says three: an epoch that brings nothing would be asked for ever."""
+
+    def __len__(self):
+        return 3
+
+
 @pytest.mark.parametrize("call", [
     lambda: load_data("CIFAR"), lambda: load_data(batch_size=0), lambda: load_data(image_size=20), lambda: AlexNet(66),
     lambda: init_weights(LeNet(), "foo"), lambda: train(LeNet(), [1], lr="abc"), lambda: train(LeNet(), [1], lr=-1),
     lambda: train(LeNet(), [1], log_every=0), lambda: train(LeNet(), [1], checkpoint="/no/such/folder/file"),
     lambda: helpers.save_results("/no/such/folder/file", {}),
     lambda: evaluate(LeNet(), []), lambda: train(LeNet(), []), lambda: outcome([]),
+    lambda: train(LeNet(), [], checkpoint_every=0), lambda: train(LeNet(), Short(), progress=False),
     lambda: Sweep("/no/such/folder/file")(dict)])
 def test_functions_refuse_bad_arguments_the_same_way(call):
     with pytest.raises(ValueError, match=r"^\w+ = .+ is not allowed; "):
@@ -388,6 +396,9 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_kept(tmp_pa
             train(LeNet(), digits(**data)[0], None, 1, lr, checkpoint=path, progress=False)
     with pytest.raises(ValueError, match="it has LeNet, this one has Sequential;"):
         train(nn.Sequential(*LeNet()), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
+    momentum = functools.partial(torch.optim.SGD, momentum=0.9)
+    with pytest.raises(ValueError, match="it has 'momentum': 0, this one has 'momentum': 0.9;"):
+        train(LeNet(), digits()[0], None, 1, 0.1, optimizer=momentum, checkpoint=path, progress=False)
     damage(path, "truncated")
     kept = path.read_bytes()
     with pytest.raises(ValueError, match="wrote whole; delete it"):

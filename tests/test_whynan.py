@@ -310,11 +310,13 @@ def bad_loss():
     return (nn.Linear(4, 1)(torch.ones(4)) * 0).log().sum()  # birth
 
 
-@pytest.mark.parametrize("see", [
-    lambda loss: loss.item(), float, math.isnan, "{:f}".format, lambda loss: loss.detach().item(),
-    lambda loss: loss.mean().item(), lambda loss: loss.backward(), lambda loss: (loss / 4).backward(),
-    lambda loss: torch.autograd.grad(loss, [loss])])
-def test_the_run_ends_where_a_bad_loss_is_read_or_goes_backward(see):
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+@pytest.mark.parametrize(("see", "goes_on"), [
+    *((read, True) for read in (lambda loss: loss.item(), float, math.isnan, "{:f}".format,
+                                lambda loss: loss.detach().item(), lambda loss: loss.mean().item())),
+    *((backward, False) for backward in (lambda loss: loss.backward(), lambda loss: (loss / 4).backward(),
+                                         lambda loss: torch.autograd.grad(loss, [loss])))])
+def test_the_run_ends_where_a_bad_loss_goes_backward_or_with_the_block_in_which_it_was_read(see, goes_on):
     reached = []
 
     def run():
@@ -324,7 +326,8 @@ def test_the_run_ends_where_a_bad_loss_is_read_or_goes_backward(see):
         reached.append(2)
 
     error = death_of(run)
-    assert reached == [1] and truth_of(error) == (1, "loss", "", "log") and "# birth" in error.line.text
+    assert reached == [1] + [2] * goes_on and truth_of(error) == (1, "loss", "", "log")
+    assert "# birth" in error.line.text
 
 
 @pytest.mark.parametrize("how", ["break", "return", "swallowed"])

@@ -346,6 +346,78 @@ def test_a_count_that_divides_is_shown_and_magnitudes_are_those_of_results_not_o
     assert size < 3 < 1e-5**-0.5, "the largest of four numbers of mean 0 and spread 1 is below the root of 3"
 
 
+def test_a_metric_that_is_not_finite_harms_nobody_though_it_is_read():
+    net, X = linear()
+    y, read = X[:, :1] * 2, []
+
+    def loss_of(step):
+        few = slice(1 if step == 3 else 8)  # the variance of one is 0
+        loss = F.mse_loss(net(X[few]), y[few])
+        read.append((1 - loss / (y[few] - y[few].mean()).square().mean()).item())
+        return loss
+
+    with whynan.watch(net):
+        descend(net, loss_of)
+    assert [math.isfinite(r2) for r2 in read] == [step != 3 for step in range(1, 7)]
+
+
+def test_a_bad_row_is_not_blamed_on_weights_that_began_small():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    nn.init.normal_(net[2].weight, std=1e-3)
+    X = torch.randn(64, 4)
+    y = X[:, :1] * 2
+
+    def loss_of(step):
+        bad = torch.zeros_like(y)
+        bad[3] = 1e25 if step == 120 else 0
+        return F.mse_loss(net(X), y + bad)
+
+    error = death_of(lambda: descend(net, loss_of, 150, torch.optim.Adam, 1e-2))
+    assert error.step == 120 and error.verdict == "unknown"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_nan_is_followed_into_a_sparse_matrix(layout):
+    net, X = linear()
+    A = torch.eye(8)
+    A[2, 2] = 0  # a node without neighbours
+
+    def loss_of(step):
+        degree = A.sum(1).pow(-0.5)
+        return (degree[:, None] * A * degree).to_sparse(layout=layout).matmul(net(X)).square().mean()
+
+    error = death_of(lambda: descend(net, loss_of))
+    assert (error.phase, error.operation, error.verdict) == ("data", "pow", "division by zero")
+
+
+def test_what_a_backward_makes_outside_of_torch_is_no_data():
+    class Outside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            array = gradient.numpy().copy()
+            array[0] = math.nan
+            return torch.from_numpy(array)
+
+    net, X = linear()
+    error = death_of(lambda: descend(net, lambda step: Outside.apply(net(X)).mean()))
+    assert (error.step, error.phase, error.verdict) == (1, "backward", "unknown")
+
+
+@pytest.mark.parametrize(("value_of", "verdict"), [
+    (lambda p: p.log().clamp(min=-100), "log of zero"), (lambda p: p.rsqrt().clamp(max=1e4), "division by zero"),
+    (lambda p: p.sqrt(), "infinite slope")])
+def test_a_slope_is_infinite_at_a_finite_value_only(value_of, verdict):
+    net, X = linear()
+    error = death_of(lambda: descend(net, lambda step: value_of((net(X) * 1e4).sigmoid()).mean()))
+    assert error.verdict == verdict and ("is finite" in str(error)) == (verdict == "infinite slope")
+
+
 def test_of_two_networks_watch_wants_one_module():
     net = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"^of several networks give watch one module: nn\.ModuleDict"):
