@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -397,7 +398,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_and_kept(tmp_pa
     with pytest.raises(ValueError, match="it has LeNet, this one has Sequential;"):
         train(nn.Sequential(*LeNet()), digits()[0], None, 1, 0.1, checkpoint=path, progress=False)
     momentum = functools.partial(torch.optim.SGD, momentum=0.9)
-    with pytest.raises(ValueError, match="it has 'momentum': 0, this one has 'momentum': 0.9;"):
+    with pytest.raises(ValueError, match=r"it has 'momentum': 0, this one has 'momentum': 0\.9;"):
         train(LeNet(), digits()[0], None, 1, 0.1, optimizer=momentum, checkpoint=path, progress=False)
     damage(path, "truncated")
     kept = path.read_bytes()

@@ -36,7 +36,7 @@ INF, NAN = math.inf, math.nan
 settings.register_profile("shared machine", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared machine")
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings(
-    "ignore:.*(degrees of freedom|jit.script|nested.tensor|Lazy modules|global hooks|lr_scheduler)")]
+    "ignore:.*(degrees of freedom|jit.script|nested.tensor|Lazy modules|global hooks|lr_scheduler|to a scalar may)")]
 
 
 def death_of(run, *args, net=None, **options):
@@ -310,7 +310,6 @@ def bad_loss():
     return (nn.Linear(4, 1)(torch.ones(4)) * 0).log().sum()  # birth
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor")
 @pytest.mark.parametrize(("see", "goes_on"), [
     *((read, True) for read in (lambda loss: loss.item(), float, math.isnan, "{:f}".format,
                                 lambda loss: loss.detach().item(), lambda loss: loss.mean().item())),
