@@ -489,7 +489,8 @@ def speed_table(machine, name, memory):
         first = parts[part][0]["rate"]
         ours = next(rate for what, rate in rates.items() if what.startswith(("helpers.", "training.")))
         roof = f"{told(rates['roof'])}; {ours / rates['roof']:.0%} reached" if "roof" in rates else ""
-        rows.append(f"| {title} | {told(first)} | {told(ours)} | {ours / first:.2f} | {roof} |")
+        ratio = f"{ours / first:.{'0' if ours > 100 * first else '2'}f}"
+        rows.append(f"| {title} | {told(first)} | {told(ours)} | {ratio} | {roof} |")
     first, ours = (row["gigabytes"] for row in record(memory)["benchmark"]["memory"])
     return [*rows, f"| peak memory of training, GB | {first:.2f} | {ours:.2f} | {ours / first:.2f} | |"]
 
