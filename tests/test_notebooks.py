@@ -901,15 +901,6 @@ LEAVES["The patients"] = set(whynan.VERDICTS) - set.union(*LEAVES.values()) | {
     "constant normalised", "exp overflow", "mask overflow"}
 
 
-def test_the_share_of_formulas_among_the_deaths_is_the_one_told():
-    others = {"steps too long", "wrong scale", "exploding gradient", "bad data", "bad weight", "float16 range",
-              "Adam's denominator"}
-    assert others < set(whynan.VERDICTS)
-    formulas = sum(death.verdict not in others for death in DEATHS.values())
-    told = (FOLDER / "07_clinic.ipynb").read_text(encoding="utf-8")
-    assert f"formulas at their edge, {formulas} of the {len(DEATHS)} that this project collected" in told
-
-
 def masked(mixed):
     """A step of attention whose mask is made by mixed(a mask of the least number of all)."""
     x = nn.Embedding(8, 4)(torch.arange(8))
