@@ -458,7 +458,8 @@ def _operation(func):
     schema, name = func._schema, func._schema.name.rpartition("::")[2]
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns) and name != "lift_fresh"
-    silent = view or "empty" in name or schema.name.startswith("profiler::") or name in ("resize_", "set_")
+    silent = view or "empty" in name or schema.name.startswith("profiler::") or (
+        name in ("resize_", "set_", "_local_scalar_dense"))
     shared = schema.name.startswith(("c10d::", "_c10d_functional::", "fsdp::")) and (
         "gather" in name or "scatter" in name)
     return _Operation(name, [a.name for a in schema.arguments], written, silent, shared)
@@ -595,7 +596,7 @@ class watch(TorchDispatchMode):
         self.called = self.after_backward = self.in_backward = False  # in this step
         self.calls, self.names, self.growth = [], {}, {}  # of modules; by id; of weights: [(step, magnitude)]
         self.parts = {}  # of a weight, by id: itself, or what a DTensor is made of
-        self.bad, self.losses, self.notes, self.origins = _Memory(), _Memory(), _Memory(), 0
+        self.bad, self.notes, self.origins = _Memory(), _Memory(), 0
         self.dropped, self.of_node, self.updates = _Memory(), (None, None), _Memory()  # see `_keep_notes`, `_look`
         self.made, self.sequence = {}, 0  # by autograd's sequence number: (module, class, caller) of the forward call
         self.derived = set()  # the sequence numbers of nodes that torch's formula of a derivative made, and no owner
@@ -810,10 +811,7 @@ class watch(TorchDispatchMode):
         if operation.written == ["self"] and not self.optimizer and _plain(operation.name) in _COPIED:
             copy = args[0].clone() if isinstance(args[0], torch.Tensor) and args[0].numel() <= 1_000_000 else None
         result = func(*args, **kwargs)
-        if operation.name == "_local_scalar_dense":
-            if isinstance(result, float) and not math.isfinite(result) and self.losses.get(args[0]):
-                self.pending = self._find("loss", args[0])  # maybe a metric: a good loss's backward forgives it
-        elif operation.shared:
+        if operation.shared:
             self._pass_on(operation, args, kwargs, result)
         elif not operation.silent:
             self._look(operation, args, kwargs, result, node, call, copy)
@@ -860,7 +858,7 @@ class watch(TorchDispatchMode):
             for tensor in results:
                 self.updates.put(tensor, True)
         module = call[1] if call else self.made.get(node._sequence_nr(), ("",))[0] if phase == "backward" else ""
-        named, written, main = (), (), results[:1]
+        named, written, main = (), (), results[0] if results else None
         if operation.written:
             named = [*zip(operation.roles, args, strict=False), *kwargs.items()]
             written = [t for role, value in named if role in operation.written for t in _tensors(value)]
@@ -882,8 +880,10 @@ class watch(TorchDispatchMode):
                 self._note("update", *self._part(self.names[weight][0]), size)
                 if size != self.growth[weight][-1][1]:
                     self.growth[weight].append((self.step, size))
-            elif phase != "update" and (phase == "backward" or any(tensor is own for own in main) or (
-                    phase == "forward" and "norm" not in operation.name)):  # beside its result a norm has 1 / spread
+            elif phase in ("data", "backward") or (
+                    # beside its result a norm has 1 / spread; and an accuracy is no loss
+                    phase == "forward" and (tensor is main or "norm" not in operation.name)) or (
+                    phase == "loss" and tensor is main and any(operand.requires_grad for operand in _tensors(args))):
                 self._note(phase, module, "gradient" if phase == "backward" else "output", size)
         if results:
             self._keep_notes(operation, args, results, node, phase)
@@ -901,7 +901,6 @@ class watch(TorchDispatchMode):
             # exp of a loss is its perplexity, which may well overflow
             if node is None and tensor.numel() == 1 and origin.birth.how != "scaled" and operation.name != "exp" and (
                     torch.is_grad_enabled() and any(operand.requires_grad for operand in _tensors(args))):
-                self.losses.put(tensor, True)
                 self.pending = origin
             if phase == "update" and any(tensor is other for other in written) and (weight := self._weight(tensor)):
                 self._die(origin, f"{weight} as it is written")

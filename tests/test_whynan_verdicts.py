@@ -346,19 +346,36 @@ def test_a_count_that_divides_is_shown_and_magnitudes_are_those_of_results_not_o
     assert size < 3 < 1e-5**-0.5, "the largest of four numbers of mean 0 and spread 1 is below the root of 3"
 
 
-def test_a_metric_that_is_not_finite_harms_nobody_though_it_is_read():
-    net, X = linear()
-    y, read = X[:, :1] * 2, []
+def test_the_magnitude_of_the_loss_is_not_that_of_an_accuracy_beside_it():
+    net, X = nn.Linear(4, 2), torch.randn(8, 4)
+    labels = net(X).argmax(1)
 
     def loss_of(step):
-        few = slice(1 if step == 3 else 8)  # the variance of one is 0
+        scores = net(X)
+        assert (scores.argmax(1) == labels).float().mean() > 0.9
+        return (1e-3 * scores).square().mean() + (math.inf if step == 2 else 0)
+
+    report = str(death_of(lambda: descend(net, loss_of, lr=1e-9)))
+    first, = re.findall(r"step 1: .*loss ([^,]+),", report)
+    assert float(first) < 0.1 and not re.search(r"step 2: .*loss 1\b", report)
+
+
+@pytest.mark.parametrize("when", ["before the backward", "after it"])
+def test_a_metric_that_is_not_finite_harms_nobody_though_it_is_read(when):
+    net, X = linear()
+    y, metrics, read = X[:, :1] * 2, [], []
+
+    def loss_of(step):
+        few = slice(1 if step in (3, 6) else 8)  # the variance of one is 0
         loss = F.mse_loss(net(X[few]), y[few])
-        read.append((1 - loss / (y[few] - y[few].mean()).square().mean()).item())
+        metrics.append(1 - loss / (y[few] - y[few].mean()).square().mean())
+        if when == "before the backward":
+            read.append(metrics[-1].item())
         return loss
 
     with whynan.watch(net):
-        descend(net, loss_of)
-    assert [math.isfinite(r2) for r2 in read] == [step != 3 for step in range(1, 7)]
+        descend(net, loss_of, before_step=lambda: when == "after it" and read.append(metrics[-1].item()))
+    assert [math.isfinite(r2) for r2 in read] == [step not in (3, 6) for step in range(1, 7)]
 
 
 def test_a_bad_row_is_not_blamed_on_weights_that_began_small():
