@@ -881,9 +881,10 @@ class watch(TorchDispatchMode):
                 if size != self.growth[weight][-1][1]:
                     self.growth[weight].append((self.step, size))
             elif phase in ("data", "backward") or (
-                    # beside its result a norm has 1 / spread; and an accuracy is no loss
+                    # beside its result a norm has 1 / spread; no loss is an accuracy, or the 1 that backward begins with
                     phase == "forward" and (tensor is main or "norm" not in operation.name)) or (
-                    phase == "loss" and tensor is main and any(operand.requires_grad for operand in _tensors(args))):
+                    phase == "loss" and tensor is main and not self.in_backward and (
+                        any(operand.requires_grad for operand in _tensors(args)))):
                 self._note(phase, module, "gradient" if phase == "backward" else "output", size)
         if results:
             self._keep_notes(operation, args, results, node, phase)
