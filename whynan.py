@@ -881,7 +881,7 @@ class watch(TorchDispatchMode):
                 if size != self.growth[weight][-1][1]:
                     self.growth[weight].append((self.step, size))
             elif phase in ("data", "backward") or (
-                    # beside its result a norm has 1 / spread; no loss is an accuracy, or the 1 that backward begins with
+                    # beside its result a norm has 1 / spread; no loss: an accuracy, the 1 that backward begins with
                     phase == "forward" and (tensor is main or "norm" not in operation.name)) or (
                     phase == "loss" and tensor is main and not self.in_backward and (
                         any(operand.requires_grad for operand in _tensors(args)))):
